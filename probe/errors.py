@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""Exceptions that name operation, object, cause and cure; and the exit codes of the command."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of spec-ctrl-probe; 4 is what kselftest uses for a skip."""
+
+    AS_PREDICTED = 0
+    FINDINGS = 1
+    USAGE = 2
+    FAILED = 3
+    REQUIREMENT_MISSING = 4
+    NOT_RESTORED = 5
+    INTERRUPTED = 130
+
+
+class ProbeError(Exception):
+    """Base of everything this project raises on purpose.
+
+    message names operation, object and cause; remedy, if known, is what the reader can do, as a command where one
+    exists. str() joins them on one line.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.remedy})" if self.remedy else self.message
+
+
+class UsageError(ProbeError):
+    """The request itself makes no sense: a CPU that is not there, a range that is none."""
+
+    exit_code = ExitCode.USAGE
+
+
+class RequirementMissing(ProbeError):
+    """The machine lacks something, or forbids it: no root, no device, no KVM, lockdown."""
+
+    exit_code = ExitCode.REQUIREMENT_MISSING
+
+
+class DeviceError(ProbeError):
+    """A device answered with an error that its documentation does not lead one to expect."""
+
+
+class KvmError(ProbeError):
+    """A KVM ioctl failed: names the ioctl and the errno."""
+
+
+class GuestLost(ProbeError):
+    """A virtual machine gave no verdict: it hung, died, or never started."""
+
+
+class RecordError(ProbeError):
+    """A record, journal or CPUID dump cannot be read or written."""
+
+
+class NotRestored(ProbeError):
+    """A register could not be put back, or that it was put back could not be verified."""
+
+    exit_code = ExitCode.NOT_RESTORED
+
+
+class Interrupted(ProbeError):
+    """SIGINT or SIGTERM came; everything that was changed has been put back."""
+
+    exit_code = ExitCode.INTERRUPTED
