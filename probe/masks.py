@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 ALL_BITS = (1 << 64) - 1
 _HEX64 = re.compile(r"0x[0-9a-f]{16}\Z")
@@ -77,3 +77,11 @@ def parse_list(text: str, *, limit: int = 1 << 20) -> tuple[int, ...]:
 def format_bits(mask: int) -> str:
     """Write the set bits of a mask in list notation, or 'none'."""
     return format_list(bits_of(mask)) or "none"
+
+
+def grouped(values: Mapping[int, int]) -> list[tuple[str, int]]:
+    """Turn CPU -> value into (CPU list, value) groups, in order of the first CPU."""
+    cpus: dict[int, list[int]] = {}
+    for cpu in sorted(values):
+        cpus.setdefault(values[cpu], []).append(cpu)
+    return [(format_list(members), value) for value, members in cpus.items()]

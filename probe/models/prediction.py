@@ -37,13 +37,16 @@ class Reason:
 class Prediction:
     """Two disjoint 64-bit masks; the bits in neither may do either, because the documents leave them open.
 
-    exists is False if the model says that the register is not there at all (then every access takes #GP, and
-    faults covers all bits). reasons are disjoint and together cover all 64 bits; ValueError otherwise.
+    exists is False if nothing says that the register is there. Then faults covers all 64 bits (every access takes
+    #GP, of value 0 too), or, for a vendor without documents, either does. reasons are disjoint and together cover
+    all 64 bits; ValueError otherwise. reads_back is False for a model that decides only whether a write takes #GP:
+    then a bit that is accepted and reads 0 is no finding.
     """
 
     model: str
     exists: bool
     reasons: tuple[Reason, ...]
+    reads_back: bool = True
 
     def __post_init__(self) -> None:
         seen = 0
@@ -54,23 +57,24 @@ class Prediction:
         if seen != ALL_BITS:
             raise ValueError(f"model {self.model} gives no reason for bits {hex64(ALL_BITS & ~seen)}")
 
-    def _mask(self, effect: Effect) -> int:
+    def mask(self, effect: Effect) -> int:
+        """64-bit mask of the bits with one effect."""
         return sum(reason.mask for reason in self.reasons if reason.effect is effect)
 
     @property
     def accepts(self) -> int:
-        """64-bit mask of the bits that must be accepted and read back."""
-        return self._mask(Effect.ACCEPTS)
+        """64-bit mask of the bits that must be accepted, and read back unless reads_back is False."""
+        return self.mask(Effect.ACCEPTS)
 
     @property
     def faults(self) -> int:
         """64-bit mask of the bits that must take #GP."""
-        return self._mask(Effect.FAULTS)
+        return self.mask(Effect.FAULTS)
 
     @property
     def either(self) -> int:
         """64-bit mask of the bits on which no document decides."""
-        return self._mask(Effect.EITHER)
+        return self.mask(Effect.EITHER)
 
     def reason_for(self, bit: int) -> Reason:
         """Return the reason that speaks of one bit, 0..63."""
