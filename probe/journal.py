@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: MIT
+"""Saved values on disk before the first write, and the watchdog process that puts them back if the agent dies.
+
+The journal is a file of JSON lines, each fsync'd before the write that it announces:
+    {"ev": "saved", "boot_id": ..., "pid": ..., "started": ..., "msr": "0x48", "saved": [["0-3", "0x..."], ...]}
+    {"ev": "intent", "step": "bit 3"}
+    {"ev": "restored", "by": "agent" | "watchdog" | "restore", "verified": "0-3", "failed": "", "at": ...}
+It is deleted when the agent itself has put everything back, and kept otherwise, so that the next run can tell what
+happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from probe.errors import ProbeError, RecordError, RequirementMissing
+from probe.masks import format_list, grouped, hex64, parse_hex64, parse_list
+from probe.msr import MsrAccess
+from probe.outcome import Restored
+from probe.store import sync_directory
+from probe.trial import put_back
+
+STATE_DIR = Path("/var/lib/spec-ctrl-probe")
+_NAME = "journal.ndjson"
+_LAST = "last-incident.ndjson"
+
+
+def now() -> str:
+    """Return the time as RFC 3339 in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Lock:
+    """One probe at a time on this machine: flock on a file in the state directory, held by the watchdog too."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "lock"
+        self._fd = -1
+
+    def __enter__(self) -> Lock:
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RequirementMissing(
+                f"cannot write {self._path}: {error.strerror}", "needs root, or another folder: --state-dir DIR"
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._fd)
+            who = f" (process {holder})" if holder.isdigit() else ""
+            raise RequirementMissing(
+                f"another probe is running on this machine{who}", "wait until it has ended"
+            ) from error
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What an earlier run left: it ended without putting the registers back itself.
+
+    saved maps CPU to the 64-bit value; step is the last announced step ("" if none); restored_by names the process
+    that put the registers back since ("" if nobody), failed the CPUs where that could not be verified.
+    """
+
+    path: Path
+    boot_id: str
+    pid: int
+    started: str
+    msr: int
+    saved: Mapping[int, int]
+    step: str
+    restored_by: str
+    failed: tuple[int, ...]
+
+    def tell(self, same_boot: bool) -> str:
+        """Say in one line what happened."""
+        where = f"died at {self.step!r}" if self.step else "died before its first write"
+        text = f"the run of {self.started} (process {self.pid}) {where}"
+        if self.restored_by and not self.failed:
+            return f"{text}; the {self.restored_by} put every register back, verified"
+        if self.restored_by:
+            return f"{text}; the {self.restored_by} could not put back CPUs {format_list(self.failed)}"
+        if not same_boot:
+            return f"{text}, and the machine has rebooted since: its registers were set up anew, nothing to put back"
+        return f"{text}, and nobody has put the registers back yet"
+
+
+def read_leftover(state_dir: Path) -> Leftover | None:
+    """Read what an earlier run left, or None. A last line cut by a power failure is passed over.
+
+    Raise RecordError if there is a journal that cannot be understood.
+    """
+    path = state_dir / _NAME
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RequirementMissing(f"cannot read {path}: {error.strerror}", "needs root") from error
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut or empty
+        try:
+            events.append(json.loads(line))
+        except ValueError as error:
+            raise RecordError(
+                f"journal {path} line {number} cannot be read: {error}", f"look at it, then remove it: rm {path}"
+            ) from error
+    if not events:  # the machine died before the saved values were on disk, hence before the first write
+        return Leftover(path, "", 0, "unknown time", 0, {}, "", "", ())
+    try:
+        head = events[0]
+        saved = {cpu: parse_hex64(value) for cpus, value in head["saved"] for cpu in parse_list(cpus)}
+        steps = [event["step"] for event in events if event["ev"] == "intent"]
+        ends = [event for event in events if event["ev"] == "restored"]
+        failed = parse_list(ends[-1]["failed"]) if ends and ends[-1]["failed"] else ()
+        return Leftover(
+            path=path,
+            boot_id=head["boot_id"],
+            pid=head["pid"],
+            started=head["started"],
+            msr=int(head["msr"], 16),
+            saved=saved,
+            step=steps[-1] if steps else "",
+            restored_by=ends[-1]["by"] if ends else "",
+            failed=failed,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"journal {path} is not one of this tool's: {error!r}", f"look at it, then remove it: rm {path}"
+        ) from error
+
+
+def file_away(leftover: Leftover) -> None:
+    """Keep a leftover that has been told as the last incident, and make room for a new journal."""
+    leftover.path.replace(leftover.path.with_name(_LAST))
+    sync_directory(leftover.path.parent)
+
+
+class Journal:
+    """The journal of one run; see the module's text for its lines.
+
+    Raise RequirementMissing if it cannot be put on disk: without it nothing may be written to a register.
+    """
+
+    def __init__(self, state_dir: Path, msr: int, saved: Mapping[int, int], boot_id: str) -> None:
+        self.path = state_dir / _NAME
+        head = {
+            "ev": "saved",
+            "boot_id": boot_id,
+            "pid": os.getpid(),
+            "started": now(),
+            "msr": f"{msr:#x}",
+            "saved": [[cpus, hex64(value)] for cpus, value in grouped(saved)],
+        }
+        try:
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._append(json.dumps(head).encode())
+            sync_directory(state_dir)
+        except OSError as error:
+            raise RequirementMissing(
+                f"cannot put the saved values on disk in {self.path}: {error.strerror}; nothing was written to any MSR",
+                "give another folder: --state-dir DIR",
+            ) from error
+
+    def _append(self, event: bytes) -> None:
+        line = event + b"\n"
+        if os.write(self.fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self.fd)
+
+    def intent(self, step: str) -> None:
+        """Put on disk what is about to be tried; return only when it is there."""
+        try:
+            self._append(b'{"ev": "intent", "step": "%s"}' % step.encode("ascii"))  # on the hot path
+        except OSError as error:
+            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
+
+    def restored(self, by: str, proof: Sequence[Restored]) -> None:
+        """Note that the registers were put back, and by whom."""
+        self._append(json.dumps(restored_event(by, proof)).encode())
+
+    def close(self, *, keep: bool) -> None:
+        """Close the file; delete it unless something in it must still be told."""
+        os.close(self.fd)
+        if not keep:
+            self.path.unlink()
+            sync_directory(self.path.parent)
+
+
+def restored_event(by: str, proof: Sequence[Restored]) -> dict[str, object]:
+    """Build the journal line that ends an incident."""
+    return {
+        "ev": "restored",
+        "by": by,
+        "verified": format_list(item.cpu for item in proof if item.verified),
+        "failed": format_list(item.cpu for item in proof if not item.verified),
+        "at": now(),
+    }
+
+
+def replay(leftover: Leftover, msr: MsrAccess) -> list[Restored]:
+    """Put back what a killed run left, and note it in its journal. Only for the boot that the journal is of."""
+    proof = put_back(msr, leftover.msr, leftover.saved)
+    with open(leftover.path, "ab") as file:
+        file.write(json.dumps(restored_event("restore command", proof)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return proof
+
+
+class Watchdog:
+    """A process of its own session that holds the saved values and puts them back if the agent vanishes.
+
+    It waits on a pipe whose other end only the agent has: end of file without the farewell byte means that the agent
+    is gone, SIGKILL included, for the kernel closes a dead process's files. It shares the agent's open devices, the
+    journal and the lock, so that no second probe can start before it is done.
+    """
+
+    def __init__(self, msr: MsrAccess, index: int, saved: Mapping[int, int], journal: Journal) -> None:
+        wait_end, self._pipe = os.pipe()
+        ready_end, ready = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._pipe)
+                os.close(ready_end)
+                self._serve(wait_end, ready, msr, index, saved, journal)
+            finally:
+                os._exit(3)
+        os.close(wait_end)
+        os.close(ready)
+        try:
+            if os.read(ready_end, 1) != b"r":
+                raise ProbeError("the watchdog process did not start; nothing was written to any MSR")
+        finally:
+            os.close(ready_end)
+
+    @staticmethod
+    def _serve(
+        wait_end: int, ready: int, msr: MsrAccess, index: int, saved: Mapping[int, int], journal: Journal
+    ) -> None:
+        os.setsid()
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
+            signal.signal(name, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("-1000")
+        os.write(ready, b"r")
+        os.close(ready)
+        if os.read(wait_end, 1) == b"":
+            proof = put_back(msr, index, saved)
+            with contextlib.suppress(OSError):
+                journal.restored("watchdog", proof)
+            os._exit(0 if all(item.verified for item in proof) else 5)
+        os._exit(0)
+
+    def alive(self) -> bool:
+        """Tell whether the watchdog still watches; without it nothing more may be written."""
+        if self.pid < 0:
+            return False
+        try:
+            pid, _ = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid = self.pid
+        if pid:
+            self.pid = -1
+        return pid == 0
+
+    def dismiss(self) -> None:
+        """Tell it that everything is put back, and wait until it has gone."""
+        with contextlib.suppress(OSError):
+            os.write(self._pipe, b".")
+        os.close(self._pipe)
+        if self.pid >= 0:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+        self.pid = -1

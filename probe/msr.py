@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""The edge to the registers: /dev/cpu/N/msr behind a Protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from enum import Enum
+from typing import Protocol
+
+from probe.errors import DeviceError, RequirementMissing
+
+MSR_DEVICE = "/dev/cpu/{cpu}/msr"
+
+
+class Failure(Enum):
+    """What a register access gave instead of a value: data, not an error.
+
+    FAULT: the instruction took #GP (EIO). OFFLINE: the CPU is not there any more (ENXIO). REFUSED: the kernel would
+    not try (EPERM: lockdown or msr.allow_writes=off).
+    Source: linux v7.1 arch/x86/kernel/msr.c, msr_read(), msr_write(), filter_write().
+    """
+
+    FAULT = "fault"
+    OFFLINE = "offline"
+    REFUSED = "refused"
+
+
+_FAILURES = {
+    errno.EIO: Failure.FAULT,
+    errno.ENXIO: Failure.OFFLINE,
+    errno.EPERM: Failure.REFUSED,
+    errno.EACCES: Failure.REFUSED,
+}
+
+
+class MsrAccess(Protocol):
+    """Read and write one MSR on one logical CPU. cpu is N in /dev/cpu/N; index is the 32-bit MSR address."""
+
+    def read(self, cpu: int, index: int) -> int | Failure:
+        """Return the 64-bit value, or why there is none."""
+        ...
+
+    def write(self, cpu: int, index: int, value: int) -> Failure | None:
+        """Write a 64-bit value; return None if WRMSR did not fault, else why it did not happen."""
+        ...
+
+
+def _failure_or_raise(error: OSError, what: str) -> Failure:
+    failure = _FAILURES.get(error.errno or 0)
+    if failure is None:
+        raise DeviceError(f"cannot {what}: {error.strerror}") from error
+    return failure
+
+
+class MsrDriver:
+    """The kernel's msr driver; one file descriptor per CPU, opened once.
+
+    Source: linux v7.1 arch/x86/kernel/msr.c. device is a template with {cpu}, so that a test can give files.
+    """
+
+    def __init__(self, *, writable: bool, device: str = MSR_DEVICE) -> None:
+        self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        self._device = device
+        self._fds: dict[int, int] = {}
+
+    def __enter__(self) -> MsrDriver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd in self._fds.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._fds.clear()
+
+    def open(self, cpu: int) -> Failure | None:
+        """Open one CPU's device; return Failure.OFFLINE if that CPU is not online.
+
+        Raise RequirementMissing if the driver is not there or the caller may not use it (CAP_SYS_RAWIO).
+        """
+        if cpu in self._fds:
+            return None
+        path = self._device.format(cpu=cpu)
+        try:
+            self._fds[cpu] = os.open(path, self._flags)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return Failure.OFFLINE
+            text = f"cannot open {path}: {error.strerror}"
+            if error.errno == errno.ENOENT:
+                raise RequirementMissing(text, "load the driver with: modprobe msr") from error
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise RequirementMissing(text, "needs root with CAP_SYS_RAWIO: run it with sudo") from error
+            if error.errno == errno.EIO:
+                raise RequirementMissing(text, "this CPU has no MSRs") from error
+            raise DeviceError(text) from error
+        return None
+
+    def read(self, cpu: int, index: int) -> int | Failure:
+        """Read one MSR on one logical CPU.
+
+        Return the 64-bit value, or Failure.FAULT if RDMSR took #GP (EIO), Failure.OFFLINE if the CPU has gone.
+        Source: linux v7.1 arch/x86/kernel/msr.c, msr_read().
+        """
+        fd = self._fds.get(cpu)
+        if fd is None:
+            failure = self.open(cpu)
+            if failure is not None:
+                return failure
+            fd = self._fds[cpu]
+        try:
+            raw = os.pread(fd, 8, index)
+        except OSError as error:
+            return _failure_or_raise(error, f"read MSR {index:#x} on CPU {cpu}")
+        if len(raw) != 8:
+            raise DeviceError(f"cannot read MSR {index:#x} on CPU {cpu}: the driver gave {len(raw)} of 8 bytes")
+        return int.from_bytes(raw, "little")
+
+    def write(self, cpu: int, index: int, value: int) -> Failure | None:
+        """Write one MSR on one logical CPU; taints the kernel ('S') even if it faults.
+
+        Return None if WRMSR went through, else the Failure.
+        Source: linux v7.1 arch/x86/kernel/msr.c, msr_write(): add_taint() precedes the WRMSR.
+        """
+        fd = self._fds.get(cpu)
+        if fd is None:
+            failure = self.open(cpu)
+            if failure is not None:
+                return failure
+            fd = self._fds[cpu]
+        try:
+            written = os.pwrite(fd, value.to_bytes(8, "little"), index)
+        except OSError as error:
+            return _failure_or_raise(error, f"write MSR {index:#x} on CPU {cpu}")
+        if written != 8:
+            raise DeviceError(f"cannot write MSR {index:#x} on CPU {cpu}: the driver took {written} of 8 bytes")
+        return None

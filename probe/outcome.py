@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What writes did, as values: outcomes, observations, one CPU's result, the proof of restore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Outcome(Enum):
+    """What one write did."""
+
+    RETAINED = "retained"
+    DROPPED = "dropped"
+    ALTERED = "altered"
+    FAULT = "fault"
+    REFUSED = "refused"
+    UNSTABLE = "unstable"
+    ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The outcomes of one walk as disjoint 64-bit masks, one per outcome; a bit in none of them was not tried."""
+
+    retained: int = 0
+    dropped: int = 0
+    altered: int = 0
+    fault: int = 0
+    refused: int = 0
+    unstable: int = 0
+    absent: int = 0
+
+    @property
+    def tried(self) -> int:
+        """Mask of the bits that have an outcome."""
+        return self.accepted | self.fault | self.refused | self.absent
+
+    @property
+    def accepted(self) -> int:
+        """Mask of the bits whose write did not fault, whatever was read back."""
+        return self.retained | self.dropped | self.altered | self.unstable
+
+    @classmethod
+    def of(cls, outcomes: Mapping[int, Outcome]) -> Observation:
+        """Build the masks from a map of bit number to outcome."""
+        masks = dict.fromkeys(Outcome, 0)
+        for bit, outcome in outcomes.items():
+            masks[outcome] |= 1 << bit
+        return cls(**{outcome.value: mask for outcome, mask in masks.items()})
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One trial of all accepted bits together.
+
+    value is what was written, expected what the single trials lead one to read back, got what was read (None if the
+    write faulted); both 64 bits.
+    """
+
+    value: int
+    expected: int
+    outcome: Outcome
+    got: int | None
+
+
+@dataclass(frozen=True)
+class CpuResult:
+    """All that the walk saw on one CPU.
+
+    saved is the 64-bit value read first, None if RDMSR faulted (no_register) or the CPU was offline; absent_because
+    says which.
+    cleared holds the trials of clearing bits that were set (--clear-bits). bad_pairs are the masks of two bits that
+    are accepted alone and fault together. pinned is False if the walk had to reach this CPU from another one.
+    """
+
+    cpu: int
+    saved: int | None
+    observation: Observation
+    cleared: Observation = Observation()
+    combined: Combined | None = None
+    pairs_tried: int = 0
+    bad_pairs: tuple[int, ...] = ()
+    absent_because: str = ""
+    no_register: bool = False
+    pinned: bool = True
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Proof of restore for one CPU: what the register held first, and what it reads at the end (None: unreadable).
+
+    verified is True if both are equal, or if the CPU went offline and the kernel set its register up anew.
+    """
+
+    cpu: int
+    saved: int
+    reads: int | None
+    verified: bool
+    note: str = ""

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""The edge to the disk: files that are there whole or not at all, and records read with a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from probe.errors import RecordError
+from probe.record import Record, decode
+
+LARGEST_RECORD = 64 << 20
+
+
+def sync_directory(path: Path) -> None:
+    """Make a directory's entries survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no directories to sync
+            raise
+    finally:
+        os.close(fd)
+
+
+def read_record(path: str, stdin: BinaryIO | None = None) -> Record:
+    """Read a record from a file, or from stdin if path is "-".
+
+    Raise RecordError with the path, the cause and the cure.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        if path == "-" and stdin is not None:
+            raw = stdin.read(LARGEST_RECORD + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(LARGEST_RECORD + 1)
+    except OSError as error:
+        raise RecordError(f"cannot read {name}: {error.strerror}") from error
+    if len(raw) > LARGEST_RECORD:
+        raise RecordError(f"{name} is larger than {LARGEST_RECORD >> 20} MiB", "a record of 512 CPUs has 64 KiB")
+    return decode(raw, name)
+
+
+def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:
+    """Put a file in its place whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    With replace False an existing file is left alone and the name gets a number (-2, -3 ...). Return the path taken.
+    Raise RecordError if the disk or the folder will not have it; nothing half-written stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write the record to {path}: {error.strerror}", "give another place: --record PATH, or - for stdout"
+        ) from error
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        taken = path
+        if replace:
+            Path(temporary).replace(taken)
+        else:
+            number = 1
+            while True:
+                try:
+                    os.link(temporary, taken)
+                    break
+                except FileExistsError:
+                    number += 1
+                    taken = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        sync_directory(path.parent)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write the record to {path}: {error.strerror}", "give another place: --record PATH, or - for stdout"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+    return taken
