@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: MIT
+"""A record as plain text of at most 75 columns, ready for a mail."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from msgspec import UNSET
+
+from probe import record as rec
+from probe.masks import bits_of, format_bits, format_list, hex64, parse_hex64, parse_list
+from probe.models.prediction import Effect
+from probe.outcome import Outcome
+from probe.registers import SPEC_CTRL
+
+WIDTH = 75
+_LABEL = 11
+
+
+def render(record: rec.Record) -> str:
+    """Return the whole report: findings first, then machine, masks, bits, models and the proof of restore."""
+    lines = [*_head(record), "", *_findings(record), "", *_machine(record), ""]
+    for entry in _walked_groups(record):
+        lines += [*_masks(record, entry), "", *_bits(record, entry), ""]
+    if record.walk is UNSET:
+        lines += [*_plan(record), ""]
+    lines += [*_models(record), "", *_restore(record)]
+    if record.notes:
+        lines += ["", *_wrap("notes", record.notes)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _field(label: str, text: str) -> list[str]:
+    """One labelled field, wrapped so that no line is wider than WIDTH."""
+    return textwrap.wrap(
+        _clean(text),
+        WIDTH,
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_on_hyphens=False,
+    ) or [label]
+
+
+def _wrap(label: str, texts: Iterable[str]) -> list[str]:
+    lines: list[str] = []
+    for text in texts:
+        lines += _field("" if lines else label, text)
+    return lines
+
+
+def _clean(text: str) -> str:
+    """Keep control characters of a foreign record away from the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _head(record: rec.Record) -> list[str]:
+    title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x})"
+    if any(entry.verified is False for entry in record.restore):
+        word = "NOT PUT BACK"
+    elif record.walk is UNSET:
+        word = "plan only, nothing written"
+    elif not any(_mask(entry.outcomes, "tried") for entry in record.observations):
+        word = "nothing measured"
+    elif record.findings:
+        word = f"{len(record.findings)} finding" + ("s" if len(record.findings) > 1 else "")
+    else:
+        word = "as predicted"
+    return [f"{title:<40}{word:>{WIDTH - 40}}"]
+
+
+def _findings(record: rec.Record) -> list[str]:
+    if not record.findings:
+        return _field("findings", "none")
+    lines = ["findings"]
+    for number, finding in enumerate(record.findings, 1):
+        where = f"CPU{'s' if not finding.cpus.isdigit() else ''} {finding.cpus}"
+        lines += textwrap.wrap(
+            _clean(f"{finding.kind}, {where}: {finding.text}"),
+            WIDTH,
+            initial_indent=f"{number:>3}. ",
+            subsequent_indent="     ",
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def _machine(record: rec.Record) -> list[str]:
+    machine, kernel = record.machine, record.kernel
+    where = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
+    lines = _field("machine", f"{where} (CPUID.1:EAX {machine.signature}), CPUs {machine.online}")
+    if machine.brand:
+        lines += _field("", machine.brand)
+    if record.identity:
+        lines += _field("", f"called {record.identity}")
+    for entry in machine.microcode or [rec.Microcode(cpus="", revision="0x0")]:
+        text = f"microcode {entry.revision}" if entry.cpus else "microcode unknown"
+        lines += _field("", text + (f" on CPUs {entry.cpus}" if len(machine.microcode) > 1 else ""))
+    firmware = " ".join(part for part in (machine.bios.vendor, machine.bios.version, machine.bios.date) if part)
+    if firmware:
+        lines += _field("", f"firmware {firmware}")
+    if machine.under_hypervisor:
+        lines += _field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
+    lines += _field("kernel", f"{kernel.release}, lockdown {kernel.lockdown}, {_taint(kernel)}")
+    if kernel.cmdline:
+        lines += _field("", " ".join(kernel.cmdline))
+    for name in ("spectre_v2", "spec_store_bypass", "retbleed"):
+        if name in kernel.mitigations:
+            lines += _field("", f"{name}: {kernel.mitigations[name]}")
+    guest = record.place.guest
+    if guest is not UNSET:
+        lines += _field(
+            "place", f"guest of our own: {guest.kernel} {guest.kernel_version}, {guest.qemu}, {guest.accelerator}"
+        )
+        if guest.register_model:
+            lines += _field("", f"its msr driver has a modelled register: {guest.register_model}")
+    else:
+        lines += _field("place", "this machine's own msr driver")
+    lines += _field("", record.place.because)
+    lines += _field("CPUID", f"read by {' and '.join(record.cpuid.sources)}; cross-check: {record.cpuid.cross_check}")
+    if record.predicted_from is not UNSET:
+        lines += _field(
+            "", f"predictions from a recorded CPUID ({record.predicted_from.form}): {_predicted_cpu(record)}"
+        )
+    lines += _field(
+        "run",
+        f"{record.started}, {record.duration:.1f} s, {record.tool.name} {record.tool.version}, "
+        f"Python {record.tool.python}",
+    )
+    if record.tool.arguments:
+        lines += _field("", " ".join(record.tool.arguments))
+    return lines
+
+
+def _predicted_cpu(record: rec.Record) -> str:
+    if record.predicted_from is UNSET:
+        return ""
+    cpus = rec.cpuid_of_groups(record.predicted_from.groups)
+    cpu = cpus[min(cpus)]
+    return f"{cpu.vendor} {cpu.family:02x}-{cpu.model:02x}-{cpu.stepping:02x} {cpu.brand}".strip()
+
+
+def _taint(kernel: rec.Kernel) -> str:
+    before, after = kernel.taint_before, kernel.taint_after
+    if before is UNSET or after is UNSET:
+        return "taint unknown"
+    return f"taint {before}" if before == after else f"taint {before} -> {after}"
+
+
+def _walked_groups(record: rec.Record) -> Iterator[rec.ObservationEntry]:
+    yield from record.observations
+
+
+def _mask(outcomes: rec.Masks, name: str) -> int:
+    seen = rec.observation_of(outcomes)
+    return int(getattr(seen, name))
+
+
+def _prediction_for(record: rec.Record, cpus: str, model: str) -> rec.PredictionEntry | None:
+    first = parse_list(cpus)[0]
+    for entry in record.predictions:
+        if entry.model == model and first in parse_list(entry.cpus):
+            return entry
+    return None
+
+
+def _verdict_for(record: rec.Record, cpus: str, model: str) -> rec.VerdictEntry | None:
+    first = parse_list(cpus)[0]
+    for entry in record.verdicts:
+        if entry.model == model and first in parse_list(entry.cpus):
+            return entry
+    return None
+
+
+def _cpus(text: str) -> str:
+    return f"CPU {text}" if text.isdigit() else f"CPUs {text}"
+
+
+def _mask_line(label: str, word: str, mask: int) -> str:
+    return f"{label:<{_LABEL}}{word:<11}{hex64(mask)}  bits {_short_bits(mask)}"
+
+
+def _short_bits(mask: int) -> str:
+    text = format_bits(mask)
+    room = WIDTH - _LABEL - 11 - 18 - 7
+    return (
+        text
+        if len(text) <= room
+        else f"{mask.bit_count() if hasattr(mask, 'bit_count') else bin(mask).count('1')} of 64"
+    )
+
+
+def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
+    """Predicted and observed masks one under the other."""
+    lines = [f"{_cpus(entry.cpus)}, model {record.judge}"]
+    prediction = _prediction_for(record, entry.cpus, record.judge)
+    label = "predicted"
+    if prediction is not None:
+        for word in Effect:
+            mask = parse_hex64(getattr(prediction, word.value))
+            if mask or word is Effect.ACCEPTS:
+                lines.append(_mask_line(label, word.value, mask))
+                label = ""
+        if not prediction.exists:
+            lines.append(f"{'':<{_LABEL}}(no such register, by this CPUID)")
+    label = "observed"
+    for outcome in Outcome:
+        mask = _mask(entry.outcomes, outcome.value)
+        if mask or outcome is Outcome.RETAINED:
+            lines.append(_mask_line(label, outcome.value, mask))
+            label = ""
+    if entry.absent_because:
+        lines += _field("", f"absent because: {entry.absent_because}")
+    for group in record.saved:
+        if set(parse_list(group.cpus)) & set(parse_list(entry.cpus)):
+            which = "" if len(record.saved) == 1 else f" ({_cpus(group.cpus)})"
+            lines.append(f"{'held first':<{_LABEL}}{'':<11}{group.value}{which}")
+    combined = entry.combined
+    if combined is not UNSET:
+        got = "took #GP" if combined.got is UNSET else f"read back {combined.got}"
+        lines.append(f"{'together':<{_LABEL}}{'wrote':<11}{combined.value}  {got}")
+    if entry.pairs_tried:
+        bad = f"{len(entry.bad_pairs)} took #GP" if entry.bad_pairs else "none took #GP"
+        lines.append(f"{'pairs':<{_LABEL}}{entry.pairs_tried} tried, {bad}")
+    if entry.cleared is not UNSET:
+        cleared = rec.observation_of(entry.cleared)
+        lines.append(
+            f"{'cleared':<{_LABEL}}{'tried':<11}{hex64(cleared.tried)}  could be: {format_bits(cleared.retained)}"
+        )
+    return lines
+
+
+def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
+    """A row per bit that is defined or disagrees; reserved bits that are alike share a row."""
+    prediction = _prediction_for(record, entry.cpus, record.judge)
+    verdict = _verdict_for(record, entry.cpus, record.judge)
+    if prediction is None or verdict is None:
+        return []
+    seen = rec.observation_of(entry.outcomes)
+    rows: list[tuple[str, str, str, str, str]] = []
+    shown = SPEC_CTRL.defined | parse_hex64(verdict.unexpected_fault) | parse_hex64(verdict.unexpected_accept)
+    shown |= parse_hex64(verdict.not_retained)
+    reserved: dict[tuple[str, str, str], list[int]] = {}
+    for bit in bits_of(shown):
+        columns = (
+            _word_of(bit, [(effect.value, parse_hex64(getattr(prediction, effect.value))) for effect in Effect]),
+            _word_of(bit, [(outcome.value, getattr(seen, outcome.value)) for outcome in Outcome]) or "not tried",
+            _word_of(
+                bit,
+                [
+                    ("unexpected fault", parse_hex64(verdict.unexpected_fault)),
+                    ("unexpected accept", parse_hex64(verdict.unexpected_accept)),
+                    ("not retained", parse_hex64(verdict.not_retained)),
+                    ("as predicted", parse_hex64(verdict.as_predicted)),
+                ],
+            )
+            or "not measured",
+        )
+        if SPEC_CTRL.defined >> bit & 1:
+            verdict_word = "open" if columns[0] == "either" and columns[2] == "as predicted" else columns[2]
+            rows.append((str(bit), SPEC_CTRL.name_of(bit), columns[0], columns[1], verdict_word))
+        else:
+            reserved.setdefault(columns, []).append(bit)
+    rows += [(format_list(bits), "reserved", *columns) for columns, bits in reserved.items()]
+    return [_row("bit", "name", "predicted", "observed", "verdict"), *(_row(*row) for row in rows)]
+
+
+def _row(bit: str, name: str, predicted: str, observed: str, verdict: str) -> str:
+    flag = "*" if verdict.startswith(("unexpected", "not retained")) else " "
+    return f"{flag}{bit:<8} {name:<14} {predicted:<10} {observed:<10} {verdict}"
+
+
+def _word_of(bit: int, masks: Sequence[tuple[str, int]]) -> str:
+    return next((word for word, mask in masks if mask >> bit & 1), "")
+
+
+def _plan(record: rec.Record) -> list[str]:
+    lines: list[str] = []
+    for prediction in record.predictions:
+        if prediction.model == record.judge:
+            lines.append(f"{_cpus(prediction.cpus)}, model {record.judge}")
+            label = "predicted"
+            for effect in Effect:
+                mask = parse_hex64(getattr(prediction, effect.value))
+                if mask or effect is Effect.ACCEPTS:
+                    lines.append(_mask_line(label, effect.value, mask))
+                    label = ""
+    return lines
+
+
+def _models(record: rec.Record) -> list[str]:
+    """One line per model and group: its mask, and the bits on which it is wrong."""
+    lines = [f"{'model':<17}{'accepts':<20}{'measured bits on which it is wrong'}"]
+    for prediction in record.predictions:
+        cpus = "" if _covers_all(record, prediction.cpus) else f" ({_cpus(prediction.cpus)})"
+        verdicts = [
+            entry
+            for entry in record.verdicts
+            if entry.model == prediction.model and set(parse_list(entry.cpus)) & set(parse_list(prediction.cpus))
+        ]
+        wrong = 0
+        for entry in verdicts:
+            for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
+                wrong |= parse_hex64(getattr(entry, name))
+        text = "-" if not verdicts else SPEC_CTRL.describe(wrong)
+        lines += textwrap.wrap(
+            f"{text}{cpus}",
+            WIDTH,
+            initial_indent=f"{prediction.model:<17}{prediction.accepts:<20}",
+            subsequent_indent=" " * 37,
+            break_on_hyphens=False,
+        )
+        lines += textwrap.wrap(
+            _clean(prediction.title),
+            WIDTH,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def _covers_all(record: rec.Record, cpus: str) -> bool:
+    walked = record.walk.cpus if record.walk is not UNSET else record.machine.online
+    return set(parse_list(cpus)) >= set(parse_list(walked))
+
+
+def _restore(record: rec.Record) -> list[str]:
+    if record.walk is UNSET:
+        return _field("restored", "nothing was written, nothing to put back")
+    if not record.restore:
+        return _field("restored", "nothing was written: no register could be read")
+    lines = []
+    for entry in record.restore:
+        reads = entry.reads if entry.reads is not UNSET else "unreadable"
+        word = "verified by reading" if entry.verified else "NOT VERIFIED"
+        text = f"{_cpus(entry.cpus)}: held {entry.saved}, reads {reads}: {word}"
+        lines.append(text + (f" ({entry.note})" if entry.note else ""))
+    return _wrap("restored", lines)
