@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+# make run     set up, then probe (a guest where this machine has no msr driver); the record goes to results/
+# make test    set up, then every tier that this machine can hold
+# make check   format, lint, types
+# make bench   the speed figures, as ratios in one run
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: run test check bench packages clean
+
+run: $(READY)
+	@$(VENV)/bin/spec-ctrl-probe run $(ARGS) || test $$? -eq 1
+
+test: $(READY)
+	@tests/run-tiers $(ARGS)
+
+check: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	@$(PYTHON) -m tests.bench $(ARGS)
+
+packages:
+	@tests/install-packages
+
+$(READY): pyproject.toml tests/install-packages
+	@tests/install-packages
+	@echo "Python environment: $(VENV)"
+	@python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[guest,test,check]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache build *.egg-info
