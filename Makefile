@@ -29,10 +29,9 @@ packages:
 
 $(READY): pyproject.toml tests/install-packages
 	@tests/install-packages
-	@echo "Python environment: $(VENV)"
+	@echo "setting up the Python environment in $(VENV)"
 	@python3 -m venv $(VENV)
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[guest,test,check]'
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --editable '.[guest,test,check]'
 	@touch $@
 
 clean:

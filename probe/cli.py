@@ -382,10 +382,14 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
 
 def exit_code(record: rec.Record) -> int:
     """Return what a run's record means for a script."""
+    from probe.report import text
+
     if any(not entry.verified for entry in record.restore):
         return int(ExitCode.NOT_RESTORED)
     if record.findings:
         return int(ExitCode.FINDINGS)
+    if not text.measured_anything(record):
+        return int(ExitCode.REQUIREMENT_MISSING)
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -453,6 +457,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     from probe.journal import STATE_DIR, Lock, read_leftover
     from probe.msr import MsrDriver
     from probe.run import settle
+    from probe.scheduling import CpuPin, StopRequest
 
     if os.geteuid() != 0:
         raise RequirementMissing(
@@ -467,8 +472,8 @@ def _restore(arguments: argparse.Namespace) -> int:
         boot_id = Host().boot_id()
         if leftover.boot_id == boot_id:
             modules.load("msr")
-        with MsrDriver(writable=True) as msr:
-            settle(leftover, msr, boot_id, print)
+        with MsrDriver(writable=True) as msr, CpuPin() as pin, StopRequest():
+            settle(leftover, msr, pin, boot_id, print)
     return int(ExitCode.AS_PREDICTED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def look_around(msr_nodes: tuple[int, ...], msr_loadable: bool) -> Surroundings:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         kvm = error.strerror or "cannot be opened"
-    beside = os.pathsep.join([os.environ.get("PATH", ""), str(Path(os.sys.executable).parent)])  # type: ignore[attr-defined]
+    beside = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     return Surroundings(
         root=os.geteuid() == 0,
         msr_loadable=msr_loadable,
@@ -74,7 +75,7 @@ def examine(facts: Facts, around: Surroundings, cpus: Mapping[int, Snapshot]) ->
         _readback(facts),
         _kvm(around),
         _program(around, "qemu-system-x86_64", "QEMU", "apt-get install qemu-system-x86"),
-        _program(around, "vng", "virtme-ng", "pip install 'spec-ctrl-probe[guest]'"),
+        _program(around, "vng", "virtme-ng", f"{sys.executable} -m pip install virtme-ng"),
         _guest_kernel(around),
     ]
 

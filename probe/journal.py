@@ -28,7 +28,7 @@ from probe.masks import format_list, grouped, hex64, parse_hex64, parse_list
 from probe.msr import MsrAccess
 from probe.outcome import Restored
 from probe.store import sync_directory
-from probe.trial import put_back
+from probe.trial import Pin, put_back
 
 STATE_DIR = Path("/var/lib/spec-ctrl-probe")
 _NAME = "journal.ndjson"
@@ -217,9 +217,9 @@ def restored_event(by: str, proof: Sequence[Restored]) -> dict[str, object]:
     }
 
 
-def replay(leftover: Leftover, msr: MsrAccess) -> list[Restored]:
+def replay(leftover: Leftover, msr: MsrAccess, pin: Pin) -> list[Restored]:
     """Put back what a killed run left, and note it in its journal. Only for the boot that the journal is of."""
-    proof = put_back(msr, leftover.msr, leftover.saved)
+    proof = put_back(msr, leftover.msr, leftover.saved, pin)
     with open(leftover.path, "ab") as file:
         file.write(json.dumps(restored_event("restore command", proof)).encode() + b"\n")
         file.flush()
@@ -235,7 +235,7 @@ class Watchdog:
     journal and the lock, so that no second probe can start before it is done.
     """
 
-    def __init__(self, msr: MsrAccess, index: int, saved: Mapping[int, int], journal: Journal) -> None:
+    def __init__(self, msr: MsrAccess, index: int, saved: Mapping[int, int], journal: Journal, pin: Pin) -> None:
         wait_end, self._pipe = os.pipe()
         ready_end, ready = os.pipe()
         self.pid = os.fork()
@@ -243,7 +243,7 @@ class Watchdog:
             try:
                 os.close(self._pipe)
                 os.close(ready_end)
-                self._serve(wait_end, ready, msr, index, saved, journal)
+                self._serve(wait_end, ready, msr, index, saved, journal, pin)
             finally:
                 os._exit(3)
         os.close(wait_end)
@@ -256,7 +256,13 @@ class Watchdog:
 
     @staticmethod
     def _serve(
-        wait_end: int, ready: int, msr: MsrAccess, index: int, saved: Mapping[int, int], journal: Journal
+        wait_end: int,
+        ready: int,
+        msr: MsrAccess,
+        index: int,
+        saved: Mapping[int, int],
+        journal: Journal,
+        pin: Pin,
     ) -> None:
         os.setsid()
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
@@ -269,7 +275,7 @@ class Watchdog:
         os.write(ready, b"r")
         os.close(ready)
         if os.read(wait_end, 1) == b"":
-            proof = put_back(msr, index, saved)
+            proof = put_back(msr, index, saved, pin)
             with contextlib.suppress(OSError):
                 journal.restored("watchdog", proof)
             os._exit(0 if all(item.verified for item in proof) else 5)

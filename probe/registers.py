@@ -88,8 +88,10 @@ class Msr:
     def describe(self, mask: int) -> str:
         """Return the bits of a 64-bit mask and the names of the defined ones: "1-2 (STIBP, SSBD)"."""
         known = mask & self.defined
-        if not known or known == self.defined:
-            return format_bits(mask) + (" (all that are defined)" if known and mask != known else "")
+        if not known or mask == ALL_BITS:
+            return format_bits(mask)
+        if known == self.defined:
+            return f"{format_bits(mask)} (among them all that are defined)"
         return f"{format_bits(mask)} ({', '.join(self.name_of(bit) for bit in bits_of(known))})"
 
 

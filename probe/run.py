@@ -25,7 +25,7 @@ from probe.outcome import CpuResult, Restored
 from probe.record import Record
 from probe.registers import BP_CFG, SPEC_CTRL, STIBP
 from probe.scheduling import CpuPin, Realtime, StopRequest
-from probe.trial import Plan, Walk, not_walked, put_back, read_saved
+from probe.trial import Pin, Plan, Walk, not_walked, put_back, read_saved
 
 _ERRATUM_1485_FIX = 1 << 5  # BP_CFG.SHARED_BTB_FIX; see has_erratum_1485()
 TAINT_WARNING = (
@@ -107,6 +107,10 @@ def run(
             with contextlib.ExitStack() as stack:
                 device = msr or stack.enter_context(MsrDriver(writable=True))
                 _walk(options, ears, device, seen)
+            if set(host.vms()) - set(facts.vms):
+                seen.notes.append(
+                    "a KVM guest was started during the run; it may have been entered with the probe's value"
+                )
         seen.taint_after = host.taint()
         seen.modules_loaded = list(modules.loaded)
     seen.duration = time.monotonic() - clock
@@ -161,9 +165,9 @@ def _walk(options: Options, ears: Ears, msr: MsrAccess, seen: Seen) -> None:
     plan = seen.plan
     with Lock(options.state_dir):
         leftover = read_leftover(options.state_dir)
-        if leftover is not None:
-            settle(leftover, msr, seen.facts.boot_id, ears.say)
         with CpuPin() as pin, StopRequest() as stop:
+            if leftover is not None:
+                settle(leftover, msr, pin, seen.facts.boot_id, ears.say)
             read = read_saved(msr, plan.index, plan.cpus, pin)
             saved = {cpu: value for cpu, value in read.items() if not isinstance(value, Failure)}
             _check_clearing(options, msr, saved, seen)
@@ -188,7 +192,7 @@ def _walk_saved(
     plan = seen.plan
     journal = Journal(options.state_dir, plan.index, saved, seen.facts.boot_id)
     try:
-        watchdog = Watchdog(msr, plan.index, saved, journal)
+        watchdog = Watchdog(msr, plan.index, saved, journal, pin)
     except BaseException:
         journal.close(keep=False)
         raise
@@ -207,7 +211,7 @@ def _walk_saved(
             walk.run()
     except BaseException as error:  # whatever it is, the registers come first
         ended_by = error
-    proof = put_back(msr, plan.index, saved, walk.gone)  # if this raises, the watchdog does it when we are gone
+    proof = put_back(msr, plan.index, saved, pin, walk.gone)  # if this raises, the watchdog does it when we are gone
     failed = [item.cpu for item in proof if not item.verified]
     if failed:
         with contextlib.suppress(OSError):
@@ -225,7 +229,7 @@ def _walk_saved(
     return walk.results(), proof
 
 
-def settle(leftover: Leftover, msr: MsrAccess, boot_id: str, say: Callable[[str], None]) -> list[Restored]:
+def settle(leftover: Leftover, msr: MsrAccess, pin: Pin, boot_id: str, say: Callable[[str], None]) -> list[Restored]:
     """Tell what an earlier run left, put its registers back if it was in this boot and nobody has, and file it away.
 
     Raise NotRestored if a register cannot be put back; the journal stays then.
@@ -234,7 +238,7 @@ def settle(leftover: Leftover, msr: MsrAccess, boot_id: str, say: Callable[[str]
     say(f"found a journal: {leftover.tell(same_boot)}")
     proof: list[Restored] = []
     if same_boot and leftover.saved and (leftover.failed or not leftover.restored_by):
-        proof = replay(leftover, msr)
+        proof = replay(leftover, msr, pin)
         failed = [item.cpu for item in proof if not item.verified]
         if failed:
             raise NotRestored(

@@ -59,7 +59,8 @@ class Realtime:
 class StopRequest:
     """SIGINT, SIGTERM and SIGHUP become a wish that the walk asks for between two writes.
 
-    A signal that was ignored when the process started (nohup) stays ignored.
+    A signal that was ignored when the process started (nohup) stays ignored. Signals of the terminal that would stop
+    the process where it stands, with a register changed, are ignored as long as the block runs.
     """
 
     reason = ""
@@ -69,6 +70,8 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTSTP, signal.SIGTTOU, signal.SIGTTIN):
+            self._before[number] = signal.signal(number, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:

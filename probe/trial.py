@@ -69,15 +69,19 @@ def read_saved(msr: MsrAccess, index: int, cpus: Iterable[int], pin: Pin) -> dic
     return saved
 
 
-def put_back(msr: MsrAccess, index: int, saved: Mapping[int, int], gone: Iterable[int] = ()) -> list[Restored]:
+def put_back(
+    msr: MsrAccess, index: int, saved: Mapping[int, int], pin: Pin, gone: Iterable[int] = ()
+) -> list[Restored]:
     """Bring every register to its saved value and prove it by reading.
 
-    A register that already reads right is not written. gone names CPUs that went offline on the way: the kernel sets
-    their register up when they come back, so they are read, never written.
+    A register that already reads right is not written. Each is read on its own CPU, as the saved value was: seen from
+    another CPU it may hold what the task that runs there asked for (SSBD, STIBP). gone names CPUs that went offline
+    on the way: the kernel sets their register up when they come back, so they are read, never written.
     """
     lost = set(gone)
     proof = []
     for cpu, value in saved.items():
+        pin(cpu)
         reads = msr.read(cpu, index)
         tries = 0
         while reads != value and not isinstance(reads, Failure) and cpu not in lost and tries < READ_BACK_TRIES:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from msgspec import UNSET
 
 from probe import record as rec
-from probe.masks import bits_of, format_bits, format_list, hex64, parse_hex64, parse_list
+from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, parse_hex64, parse_list
 from probe.models.prediction import Effect
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
@@ -60,13 +60,18 @@ def _head(record: rec.Record) -> list[str]:
         word = "NOT PUT BACK"
     elif record.walk is UNSET:
         word = "plan only, nothing written"
-    elif not any(_mask(entry.outcomes, "tried") for entry in record.observations):
+    elif not measured_anything(record):
         word = "nothing measured"
     elif record.findings:
         word = f"{len(record.findings)} finding" + ("s" if len(record.findings) > 1 else "")
     else:
         word = "as predicted"
     return [f"{title:<40}{word:>{WIDTH - 40}}"]
+
+
+def measured_anything(record: rec.Record) -> bool:
+    """Tell whether at least one bit gave an answer on one CPU; a mere plan counts as answered."""
+    return record.walk is UNSET or any(parse_hex64(entry.not_measured) != ALL_BITS for entry in record.verdicts)
 
 
 def _findings(record: rec.Record) -> list[str]:

@@ -23,7 +23,7 @@ def agent_walk(folder: Path) -> float:
     with MsrDriver(writable=True) as msr, CpuPin() as pin:
         saved = {cpu: int(value) for cpu, value in read_saved(msr, INDEX, [0], pin).items()}  # type: ignore[arg-type]
         journal = Journal(folder, INDEX, saved, "bench")
-        watchdog = Watchdog(msr, INDEX, saved, journal)
+        watchdog = Watchdog(msr, INDEX, saved, journal, pin)
 
         def intent(step: str) -> None:
             assert watchdog.alive()

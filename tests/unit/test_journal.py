@@ -18,7 +18,7 @@ from probe.journal import Journal, Lock, Watchdog, file_away, read_leftover, rep
 from probe.msr import MsrDriver
 from probe.outcome import Restored
 from probe.run import settle
-from tests.fakes import SPEC_CTRL, FakeMsr, FakeRegister
+from tests.fakes import SPEC_CTRL, FakeMsr, FakeRegister, pin_anywhere
 
 
 def make_registers(folder: Path, *values: int) -> str:
@@ -107,7 +107,7 @@ def test_the_watchdog_goes_without_touching_anything_when_dismissed(tmp_path: Pa
     with MsrDriver(writable=True, device=device) as msr:
         msr.open(0)
         journal = Journal(tmp_path, SPEC_CTRL, {0: 0x1}, "boot")
-        watchdog = Watchdog(msr, SPEC_CTRL, {0: 0x1}, journal)
+        watchdog = Watchdog(msr, SPEC_CTRL, {0: 0x1}, journal, pin_anywhere)
         assert watchdog.alive()
         set_register(tmp_path, 0, 0x99)
         watchdog.dismiss()
@@ -118,7 +118,7 @@ def test_the_watchdog_goes_without_touching_anything_when_dismissed(tmp_path: Pa
 
 def test_a_dead_watchdog_is_noticed(tmp_path: Path) -> None:
     journal = Journal(tmp_path, SPEC_CTRL, {0: 0}, "boot")
-    watchdog = Watchdog(FakeMsr({0: FakeRegister()}), SPEC_CTRL, {0: 0}, journal)
+    watchdog = Watchdog(FakeMsr({0: FakeRegister()}), SPEC_CTRL, {0: 0}, journal, pin_anywhere)
     os.kill(watchdog.pid, signal.SIGKILL)
     wait_until(lambda: not watchdog.alive())
     watchdog.dismiss()
@@ -134,7 +134,7 @@ folder, device = Path(sys.argv[1]), sys.argv[2]
 with Lock(folder), MsrDriver(writable=True, device=device) as msr:
     saved = {cpu: msr.read(cpu, 0x48) for cpu in (0, 1)}
     journal = Journal(folder, 0x48, saved, "boot")
-    watchdog = Watchdog(msr, 0x48, saved, journal)
+    watchdog = Watchdog(msr, 0x48, saved, journal, lambda cpu: True)
     journal.intent("bit 3")
     for cpu in saved:
         msr.write(cpu, 0x48, saved[cpu] | 8)
@@ -168,7 +168,7 @@ def test_however_the_agent_dies_every_register_is_put_back_within_a_second(
     assert leftover is not None
     assert "watchdog put every register back, verified" in leftover.tell(True)
     said: list[str] = []
-    assert settle(leftover, FakeMsr({}), "boot", said.append) == []
+    assert settle(leftover, FakeMsr({}), pin_anywhere, "boot", said.append) == []
     assert "watchdog" in said[0]
     assert read_leftover(tmp_path) is None
     assert (tmp_path / "last-incident.ndjson").exists()
@@ -178,7 +178,7 @@ def test_the_next_run_waits_for_the_watchdog(tmp_path: Path) -> None:
     """The watchdog shares the lock: a second probe cannot start between the agent's death and the restore."""
     lock = Lock(tmp_path).__enter__()
     journal = Journal(tmp_path, SPEC_CTRL, {0: 0}, "boot")
-    watchdog = Watchdog(FakeMsr({0: FakeRegister()}), SPEC_CTRL, {0: 0}, journal)
+    watchdog = Watchdog(FakeMsr({0: FakeRegister()}), SPEC_CTRL, {0: 0}, journal, pin_anywhere)
     lock.__exit__()
     with pytest.raises(RequirementMissing, match="another probe"), Lock(tmp_path):
         pass
@@ -200,7 +200,7 @@ def test_a_journal_of_this_boot_is_replayed(tmp_path: Path) -> None:
     leftover = read_leftover(tmp_path)
     assert leftover is not None
     said: list[str] = []
-    proof = settle(leftover, FakeMsr(registers), "this boot", said.append)
+    proof = settle(leftover, FakeMsr(registers), pin_anywhere, "this boot", said.append)
     assert registers[0].value == 0x1
     assert registers[1].writes == []
     assert all(item.verified for item in proof)
@@ -213,7 +213,7 @@ def test_old_values_are_never_written_into_a_machine_that_has_rebooted(tmp_path:
     leftover = read_leftover(tmp_path)
     assert leftover is not None
     said: list[str] = []
-    settle(leftover, FakeMsr(registers), "this boot", said.append)
+    settle(leftover, FakeMsr(registers), pin_anywhere, "this boot", said.append)
     assert registers[0].writes == registers[1].writes == []
     assert "died at 'bit 9'" in said[0]
     assert "rebooted" in said[0]
@@ -226,11 +226,13 @@ def test_a_register_that_cannot_be_put_back_keeps_the_journal(tmp_path: Path) ->
     assert leftover is not None
     stuck = {0: FakeRegister(value=0x201, sticky=0x200), 1: FakeRegister(value=0x1)}
     with pytest.raises(NotRestored, match="CPUs 0 "):
-        settle(leftover, FakeMsr(stuck), "this boot", lambda text: None)
+        settle(leftover, FakeMsr(stuck), pin_anywhere, "this boot", lambda text: None)
     again = read_leftover(tmp_path)
     assert again is not None
     assert again.failed == (0,)
-    assert [item.cpu for item in replay(again, FakeMsr({0: FakeRegister(value=1), 1: FakeRegister(value=1)}))] == [0, 1]
+    assert [
+        item.cpu for item in replay(again, FakeMsr({0: FakeRegister(value=1), 1: FakeRegister(value=1)}), pin_anywhere)
+    ] == [0, 1]
 
 
 def test_restore_needs_a_place_for_the_journal(tmp_path: Path) -> None:

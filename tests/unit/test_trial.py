@@ -127,7 +127,7 @@ def test_a_cpu_that_goes_offline_is_an_outcome() -> None:
 
 def test_a_cpu_that_was_offline_in_between_is_read_but_not_written_at_the_end() -> None:
     register = FakeRegister(value=0x1)
-    proof = put_back(FakeMsr({3: register}), SPEC_CTRL, {3: 0x5}, gone=(3,))
+    proof = put_back(FakeMsr({3: register}), SPEC_CTRL, {3: 0x5}, pin_anywhere, gone=(3,))
     assert register.writes == []
     assert proof[0].verified
     assert "offline" in proof[0].note
@@ -173,7 +173,7 @@ def test_a_bit_that_cannot_be_put_back_stops_everything_at_once() -> None:
         going.run()
     assert not any(value & 0xC for value in register.writes), "nothing more may be tried"
     assert going.results()[0].observation.retained == 0x3
-    (proof,) = put_back(FakeMsr({0: register}), SPEC_CTRL, {0: 0})
+    (proof,) = put_back(FakeMsr({0: register}), SPEC_CTRL, {0: 0}, pin_anywhere)
     assert not proof.verified
     assert proof.reads == 0x2
 
@@ -201,13 +201,13 @@ def test_without_a_meaningful_read_back_the_write_alone_decides() -> None:
 
 def test_put_back_writes_only_what_is_wrong_and_proves_it() -> None:
     right, wrong, gone = FakeRegister(value=0x1), FakeRegister(value=0x3), FakeRegister(offline=True)
-    proof = put_back(FakeMsr({0: right, 1: wrong, 2: gone}), SPEC_CTRL, {0: 0x1, 1: 0x1, 2: 0x1})
+    proof = put_back(FakeMsr({0: right, 1: wrong, 2: gone}), SPEC_CTRL, {0: 0x1, 1: 0x1, 2: 0x1}, pin_anywhere)
     assert right.writes == []
     assert wrong.writes == [0x1]
     assert [item.verified for item in proof] == [True, True, True]
 
 
 def test_a_register_that_cannot_be_read_at_the_end_is_not_verified() -> None:
-    (proof,) = put_back(FakeMsr({0: FakeRegister(absent=True)}), SPEC_CTRL, {0: 0})
+    (proof,) = put_back(FakeMsr({0: FakeRegister(absent=True)}), SPEC_CTRL, {0: 0}, pin_anywhere)
     assert not proof.verified
     assert proof.reads is None
