@@ -8,12 +8,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test check bench packages clean
+.PHONY: run test check bench clean
 
 run: $(READY)
 	@$(VENV)/bin/spec-ctrl-probe run $(ARGS) || test $$? -eq 1
 
 test: $(READY)
+	@tests/install-packages test
 	@tests/run-tiers $(ARGS)
 
 check: $(READY)
@@ -22,10 +23,8 @@ check: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
+	@tests/install-packages test
 	@$(PYTHON) -m tests.bench $(ARGS)
-
-packages:
-	@tests/install-packages
 
 $(READY): pyproject.toml tests/install-packages
 	@tests/install-packages

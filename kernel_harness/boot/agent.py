@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -111,7 +110,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
             kernel_sha256=kernel.sha256,
             accelerator=accelerator,
             because=why,
-            qemu=qemu_version(),
+            qemu=guest.qemu_version(),
             register_model=wanted.register_model,
         ),
     )
@@ -127,12 +126,3 @@ def _module_parameters(text: str) -> list[str]:
                 "want name=number, such as valid=0x6, dropped=0x80, initial=0x2, absent=1; a list gives one per CPU",
             )
     return words
-
-
-def qemu_version() -> str:
-    """Return QEMU's own word for its version, such as "QEMU 7.2.19 (Debian 1:7.2+dfsg-7+deb12u16)"."""
-    done = subprocess.run(
-        [guest.QEMU, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    line = (done.stdout.splitlines() or [""])[0]
-    return line.replace("QEMU emulator version", "QEMU").strip() or "QEMU of unknown version"

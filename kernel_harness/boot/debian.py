@@ -29,6 +29,7 @@ _ROLLING = ("sid", "unstable", "experimental")
 # be trusted (a frozen mirror has expired Release files); apt.conf(5), apt-transport-http(1).
 _NETWORK = re.compile(r"^Acquire::(https?::|Proxy|Retries|ForceIPv[46]|Check-Valid-Until|Check-Date)", re.IGNORECASE)
 
+_MORE_SPACE = "free space there, or set PROBE_CACHE to a folder elsewhere; a kernel takes up to 500 MB"
 OWN_KERNEL = "boot a kernel that you have: --kernel PATH, or --kernel host"
 
 
@@ -219,7 +220,9 @@ class PrivateApt:
         lines = [line for line in result.stderr.splitlines() if line.startswith("E:")]
         reason = lines[0][2:].strip() if lines else (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         if any(word in result.stderr for word in ("No space left on device", "enough free space", "Disk quota")):
-            raise ProbeError(f"cannot {doing} Debian {self._suite}: no space left in {self._folder}", "free some")
+            raise ProbeError(
+                f"cannot {doing} Debian {self._suite}: no space left below {cwd or self._folder}", _MORE_SPACE
+            )
         raise RequirementMissing(
             f"cannot {doing} Debian {self._suite}: {reason}", f"check network and proxy, or {OWN_KERNEL}"
         )

@@ -78,8 +78,9 @@ class GuestResult:
 class Guest:
     """A running guest. Leaving the `with` block, or kill(), ends it as a power cut would: nothing is flushed."""
 
-    def __init__(self, process: subprocess.Popen[bytes], exchange: Path, name: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], exchange: Path, lock: int, name: str) -> None:
         self._process = process
+        self._lock: int | None = lock
         self._exchange = exchange
         self._name = name
         self._began = time.monotonic()
@@ -185,6 +186,9 @@ class Guest:
         finally:
             self._reader.join(timeout=5)
             shutil.rmtree(self._exchange, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def _read_console(self, pipe: IO[bytes]) -> None:
         with pipe:
@@ -252,13 +256,16 @@ def check_requirements() -> None:
 def _make_exchange(home: Path) -> tuple[Path, int]:
     """Make a guest's folder, and remove those of guests whose processes are all gone; return it and its lock.
 
-    The lock, an open file that QEMU inherits, is held for as long as anything of the guest runs.
+    The lock is an open file that QEMU inherits; it is held until QEMU has ended and our Guest is closed.
     """
     try:
         home.mkdir(parents=True, exist_ok=True)
         with locked(home / "lock", lambda line: None):
             for old in home.glob("guest-*"):
-                handle = os.open(old / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    handle = os.open(old / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:  # its owner has just removed it
+                    continue
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -397,12 +404,11 @@ def start(
         )
     except BaseException as error:
         shutil.rmtree(exchange, ignore_errors=True)
+        os.close(lock)
         if isinstance(error, OSError):
             raise storage_error("start a guest in", exchange, error) from error
         raise
-    finally:
-        os.close(lock)
-    return Guest(process, exchange, kernel.release)
+    return Guest(process, exchange, lock, kernel.release)
 
 
 def run(
