@@ -110,7 +110,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
             kernel_sha256=kernel.sha256,
             accelerator=accelerator,
             because=why,
-            qemu=guest.qemu_version(),
+            qemu=guest.qemu_version().replace("QEMU emulator version", "QEMU"),
             register_model=wanted.register_model,
         ),
     )
