@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from msgspec import UNSET
 
 import probe
+from probe import entries
 from probe import record as rec
 from probe.cpuid.compare import cpus_that_differ, group_equal
 from probe.cpuid.dumps import Dump
@@ -30,6 +31,7 @@ from probe.verdict import (
     findings_of_walk,
     in_order,
     merge_cpus,
+    named_bits,
 )
 
 
@@ -97,21 +99,21 @@ def assemble(
         cpuid=rec.Cpuid(
             sources=list(seen.cpuid.sources),
             cross_check=seen.cpuid.cross_check,
-            groups=rec.cpuid_groups(seen.cpuid.cpus),
+            groups=entries.cpuid_groups(seen.cpuid.cpus),
         ),
         predicted_from=(
             UNSET
             if cpuid_file is None
-            else rec.CpuidFile(form=cpuid_file.form, groups=rec.cpuid_groups(cpuid_file.cpus))
+            else rec.CpuidFile(form=cpuid_file.form, groups=entries.cpuid_groups(cpuid_file.cpus))
         ),
         judge=judge,
-        predictions=rec.prediction_entries(predictions, {model.name: model.title for model in MODELS}),
+        predictions=entries.prediction_entries(predictions, {model.name: model.title for model in MODELS}),
         walk=_walk(plan) if seen.written else UNSET,
-        saved=rec.saved_entries(seen.results),
-        observations=rec.observation_entries(seen.results),
-        verdicts=rec.verdict_entries(verdicts),
-        findings=rec.finding_entries(_findings(seen, judge, verdicts)),
-        restore=rec.restore_entries(seen.proof),
+        saved=entries.saved_entries(seen.results),
+        observations=entries.observation_entries(seen.results),
+        verdicts=entries.verdict_entries(verdicts),
+        findings=entries.finding_entries(_findings(seen, judge, verdicts, recorded=cpuid_file is not None)),
+        restore=entries.restore_entries(seen.proof),
         notes=_notes(seen, cpuid_file),
     )
 
@@ -176,15 +178,14 @@ def _notes(seen: Seen, cpuid_file: Dump | None) -> list[str]:
             "the kernel uses legacy IBRS and rewrites the register on every entry: read-back means nothing, "
             "accepted is judged by the write alone"
         )
-    unpinned = [result.cpu for result in seen.results if not result.pinned]
-    if unpinned:
-        notes.append(f"the process may not run on CPUs {format_list(unpinned)}: reached by interrupt instead")
     if seen.facts.lockdown == "unknown":
         notes.append("securityfs does not tell whether the kernel is locked down")
     return notes
 
 
-def _findings(seen: Seen, judge: str, verdicts: Mapping[int, Mapping[str, Verdict]]) -> list[Finding]:
+def _findings(
+    seen: Seen, judge: str, verdicts: Mapping[int, Mapping[str, Verdict]], *, recorded: bool
+) -> list[Finding]:
     cpuid = seen.cpuid
     found = [
         Finding(
@@ -197,7 +198,14 @@ def _findings(seen: Seen, judge: str, verdicts: Mapping[int, Mapping[str, Verdic
     ]
     for result in seen.results:
         verdict = verdicts[result.cpu][judge]
-        found += findings_of_verdict([result.cpu], judge, verdict, result.observation, cpuid.cpus[result.cpu])
+        found += findings_of_verdict(
+            [result.cpu],
+            judge,
+            verdict,
+            result.observation,
+            hypervisor=cpuid.cpus[min(cpuid.cpus)].under_hypervisor,
+            recorded=recorded,
+        )
         found += findings_of_walk(result)
     found = merge_cpus([*found, *findings_of_restore(seen.proof)])
     found += [
@@ -207,19 +215,26 @@ def _findings(seen: Seen, judge: str, verdicts: Mapping[int, Mapping[str, Verdic
 
 
 def _cpus_differ(results: Sequence[CpuResult]) -> Iterator[Finding]:
-    """Tell which CPUs did something else than the largest group; CPUs that could not be measured aside."""
-    groups: dict[Observation, list[int]] = {}
+    """Tell which CPUs did something else than the largest group, on the bits that both were measured on.
+
+    A walk that was cut short on one CPU (offline, refused, stopped) makes no difference between CPUs.
+    """
+    groups: dict[tuple[Observation, int], list[int]] = {}
     for result in results:
-        if result.observation.accepted | result.observation.fault or result.no_register:
-            groups.setdefault(result.observation, []).append(result.cpu)
-    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    for other, cpus in ordered[1:]:
-        most, standard = ordered[0]
+        seen = result.observation
+        measured = seen.accepted | seen.fault | (seen.absent if result.no_register else 0)
+        if measured:
+            groups.setdefault((seen, measured), []).append(result.cpu)
+    ordered = sorted(groups.items(), key=lambda item: (-bin(item[0][1]).count("1"), -len(item[1])))
+    for (other, measured), cpus in ordered[1:]:
+        (most, measured_there), standard = ordered[0]
+        both = measured & measured_there
         mask = 0
         for outcome in Outcome:
-            mask |= getattr(other, outcome.value) ^ getattr(most, outcome.value)
-        text = (
-            f"these CPUs do otherwise than CPUs {format_list(standard)}: accepted {hex64(other.accepted)}, "
-            f"there {hex64(most.accepted)}"
-        )
-        yield Finding("cpus_differ", format_list(cpus), mask, text)
+            mask |= (getattr(other, outcome.value) ^ getattr(most, outcome.value)) & both
+        if mask:
+            text = (
+                f"{named_bits(mask)}: these CPUs do otherwise than CPUs {format_list(standard)}: "
+                f"accepted {hex64(other.accepted & both)}, there {hex64(most.accepted & both)}"
+            )
+            yield Finding("cpus_differ", format_list(cpus), mask, text)

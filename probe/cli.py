@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: arguments, printing, exit codes. The only file that prints or exits.
+"""The sub-commands: printing and exit codes. The only file that prints or exits; arguments.py has the arguments.
 
 What a sub-command needs is imported inside it, so that --help answers at once.
 """
@@ -7,183 +7,48 @@ What a sub-command needs is imported inside it, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from probe import __version__
+from probe.arguments import make_parser
 from probe.errors import ExitCode, ProbeError, RequirementMissing, UsageError
-from probe.masks import format_list, parse_list
+from probe.masks import format_list
 
 if TYPE_CHECKING:
     from probe import record as rec
     from probe.cpuid.dumps import Dump
     from probe.doctor import Check
 
-_EPILOG = """\
-exit codes:
-  0  as predicted          1  findings             2  usage
-  3  the tool failed       4  requirement missing  5  a register could not be put back
-  130  interrupted, everything put back
-"""
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command; help, manual and completions are made from it."""
-    parser = argparse.ArgumentParser(
-        prog="spec-ctrl-probe",
-        description="Finds out which bits of IA32_SPEC_CTRL (MSR 0x48) this CPU or hypervisor accepts, keeps, drops "
-        "or faults on, and whether that is what its CPUID predicts.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"spec-ctrl-probe {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_run(commands)
-    _add_predict(commands)
-    _add_plain(commands)
-    return parser
-
-
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    run = commands.add_parser(
-        "run",
-        help="probe this machine (--write), or a guest booted for it",
-        description="Tries every bit of MSR 0x48 on every CPU and puts everything back. Without --write this "
-        "machine's registers are not touched: a guest is booted, with the agent inside, and probed instead.",
-    )
-    where = run.add_argument_group("where")
-    where.add_argument(
-        "--in",
-        dest="place",
-        choices=("auto", "metal", "guest"),
-        default="auto",
-        help="metal: this machine's own msr driver; guest: a guest booted for it; auto chooses and says why",
-    )
-    where.add_argument(
-        "--write", action="store_true", help="allow writes to this machine's MSR 0x48 (taints the kernel)"
-    )
-    where.add_argument("--kernel", default="", metavar="SPEC", help="guest: debian:SUITE or a path to a vmlinuz")
-    where.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="guest: how QEMU runs it")
-    where.add_argument(
-        "--model-register",
-        default="",
-        metavar="PARAMS",
-        help="guest: give its msr driver a modelled register instead of the CPU's, such as 'valid=0x6'",
-    )
-    what = run.add_argument_group("what")
-    what.add_argument("--cpus", type=_numbers, metavar="LIST", help="logical CPUs, such as 0-3,8 (default: all online)")
-    what.add_argument("--bits", type=_bits, default=tuple(range(64)), metavar="LIST", help="bits 0-63 (default: all)")
-    what.add_argument(
-        "--base",
-        choices=("saved", "zero"),
-        default="saved",
-        help="try bit n as the value read first with bit n set, or as bit n alone",
-    )
-    what.add_argument(
-        "--clear-bits", action="store_true", help="also try to clear bits that are set (mitigations go off)"
-    )
-    what.add_argument("--pairs", action="store_true", help="also try every pair of accepted bits")
-    what.add_argument("--repeat", type=_count, default=1, metavar="N", help="walk N times; what differs is unstable")
-    expect = run.add_argument_group("expectation")
-    expect.add_argument("--cpuid", metavar="FILE", help="predict from a recorded CPUID (a dump, or a record) instead")
-    expect.add_argument(
-        "--model", default="vendor", metavar="NAME", help="the model that findings come from (see: models)"
-    )
-    output = run.add_argument_group("output")
-    output.add_argument("--record", metavar="PATH", help="where to write the record; - for standard output")
-    output.add_argument("--json", action="store_true", help="print the record instead of the report")
-    output.add_argument("--identify", default="", metavar="NAME", help="put this name into the record")
-    safety = run.add_argument_group("safety")
-    safety.add_argument(
-        "--state-dir", metavar="DIR", help="folder of journal and lock (default /var/lib/spec-ctrl-probe)"
-    )
-    safety.add_argument("--allow-running-vms", action="store_true", help="probe although KVM guests are running")
-    safety.add_argument("--allow-bad-microcode", action="store_true", help="probe microcode on Linux's bad list")
-    run.set_defaults(handler=_run)
-
-
-def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    predict = commands.add_parser(
-        "predict",
-        help="say which bits should be accepted, from CPUID alone",
-        description="Prints the predicted masks with the reason and source of every bit. Reads this machine's CPUID, "
-        "or a dump: cpuid -r, cpuid -1 -r, InstLatx64, or a record of this tool. Writes nothing, needs no root.",
-    )
-    predict.add_argument(
-        "file", nargs="?", metavar="FILE", help="a dump or record; - for standard input; this CPU if left out"
-    )
-    predict.add_argument(
-        "--model",
-        action="append",
-        metavar="NAME",
-        help="only this model; may be given again; 'all' for all (default: vendor)",
-    )
-    predict.add_argument("--json", action="store_true", help="print masks per group of equal CPUs and model, as JSON")
-    predict.set_defaults(handler=_predict)
-
-
-def _add_plain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    doctor = commands.add_parser("doctor", help="say what this machine allows, and what to do about what it does not")
-    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
-    doctor.set_defaults(handler=_doctor)
-    restore = commands.add_parser(
-        "restore",
-        help="put back what a killed run left",
-        description="Reads the journal of a run that died. If the machine has not rebooted since and nobody has put "
-        "the registers back, writes the saved values and verifies them; else only tells what happened.",
-    )
-    restore.add_argument("--state-dir", metavar="DIR", help="folder of the journal (default /var/lib/spec-ctrl-probe)")
-    restore.set_defaults(handler=_restore)
-    show = commands.add_parser("show", help="print a record as text for a mail")
-    show.add_argument("record", metavar="RECORD", help="a record; - for standard input")
-    show.set_defaults(handler=_show)
-    models = commands.add_parser("models", help="list the models that predict, with their sources")
-    models.set_defaults(handler=_models)
-    schema = commands.add_parser("schema", help="print the record's JSON Schema")
-    schema.set_defaults(handler=_schema)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return parse_list(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; want a list such as 0-3,8") from error
-
-
-def _bits(text: str) -> tuple[int, ...]:
-    try:
-        return parse_list(text, limit=64)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; want bits 0-63 such as 0-2,7") from error
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000")
-    return int(text)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors go to stderr as one line."""
-    arguments = make_parser().parse_args(argv)
-    arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    handler: Callable[[argparse.Namespace], int] = arguments.handler
     try:
-        return int(handler(arguments))
+        arguments = make_parser().parse_args(argv)
+        arguments.argv = list(sys.argv[1:] if argv is None else argv)
+        return int(_HANDLERS[arguments.command](arguments))
     except ProbeError as error:
         _say(f"spec-ctrl-probe: {error}")
         return int(error.exit_code)
     except KeyboardInterrupt:
-        _say("spec-ctrl-probe: interrupted; no register was left changed")
+        _say("spec-ctrl-probe: interrupted")
         return int(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # a status of 1 would mean findings
+        _say(f"spec-ctrl-probe: internal error: {error!r}")
+        return int(ExitCode.FAILED)
 
 
 def entry() -> None:
     """Run as a program; a reader that has gone away (head, a closed terminal) is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows ? instead
+            stream.reconfigure(errors="replace")
     try:
         code = main()
         sys.stdout.flush()
@@ -195,10 +60,19 @@ def entry() -> None:
 
 def _say(text: str) -> None:
     """Print a line on stderr, if anyone is left to read it."""
+    _try_to_print(text, sys.stderr)
+
+
+def _tell(text: str) -> None:
+    """Print a line on stdout, if anyone is left to read it: what was done, and its exit code, do not hang on that."""
+    _try_to_print(text, sys.stdout)
+
+
+def _try_to_print(text: str, stream: TextIO) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Progress:
@@ -222,11 +96,12 @@ class _Progress:
 
 # --- run -----------------------------------------------------------------------------------------------------------
 
+_MOST_GUEST_CPUS = 64
 _PATH_OPTIONS = ("--record", "--cpuid", "--state-dir", "--kernel")
 
 
 def without_paths(argv: Sequence[str]) -> list[str]:
-    """Return a command line that may stand in a record: a path becomes its last part, or PATH if that is hidden."""
+    """Return a command line that may stand in a record: every path becomes PATH."""
     kept: list[str] = []
     hide = False
     for word in argv:
@@ -242,7 +117,7 @@ def without_paths(argv: Sequence[str]) -> list[str]:
 
 
 def _last_part(text: str) -> str:
-    return (Path(text).name or "PATH") if "/" in text else text
+    return text if text == "-" or text.startswith("debian:") else "PATH"
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -284,7 +159,7 @@ def _dump(path: str | None) -> Dump | None:
     if path is None:
         return None
     from probe.cpuid.dumps import read_dump
-    from probe.record import dump_of_record
+    from probe.entries import dump_of_record
 
     return read_dump(path, sys.stdin.buffer, dump_of_record)
 
@@ -309,6 +184,7 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
         state_dir=Path(arguments.state_dir) if arguments.state_dir else STATE_DIR,
         allow_running_vms=arguments.allow_running_vms,
         allow_bad_microcode=arguments.allow_bad_microcode,
+        allow_container=arguments.allow_container,
         because=because,
         arguments=tuple(without_paths(arguments.argv)),
     )
@@ -328,11 +204,14 @@ def _run_in_guest(arguments: argparse.Namespace, because: str) -> rec.Record:
     passed += ["--cpus", format_list(arguments.cpus)] if arguments.cpus else []
     passed += ["--identify", arguments.identify] if arguments.identify else []
     dump = _dump(arguments.cpuid)
+    cpus = max(2, max(arguments.cpus or (0,)) + 1)
+    if cpus > _MOST_GUEST_CPUS:
+        raise UsageError(f"no CPU {cpus - 1} in a guest: it gets at most {_MOST_GUEST_CPUS}", "give other --cpus")
     record = probe_in_guest(
         Wanted(
             kernel=arguments.kernel,
             accelerator=arguments.accel,
-            cpus=max(2, max(arguments.cpus or (0,)) + 1),
+            cpus=cpus,
             arguments=passed,
             cpuid=dump,
             register_model=arguments.model_register,
@@ -356,7 +235,7 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
     failed: ProbeError | None = None
     told = ""
     if arguments.record != "-" and (arguments.record or record.walk is not UNSET):  # a mere plan leaves no file
-        path = Path(arguments.record) if arguments.record else rec.default_path(record)
+        path = Path(arguments.record) if arguments.record else store.default_path(record)
         try:
             taken = store.write_atomically(raw, path, replace=arguments.record is not None)
             told = f"record: {taken}"
@@ -368,12 +247,15 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
         else:
             sys.stdout.write(text.render(record))
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader has gone; what the run found stays its exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # the terminal has gone (EIO), or standard output is a full disk
         if failed is None:
             failed = ProbeError(f"cannot print the report: {error.strerror}", "the record is written" if told else "")
     if failed is not None:
+        if exit_code(record) == ExitCode.NOT_RESTORED:  # matters more than a file
+            _say(f"spec-ctrl-probe: {failed}")
+            return int(ExitCode.NOT_RESTORED)
         raise failed
     if told:
         _say(told)
@@ -384,7 +266,7 @@ def exit_code(record: rec.Record) -> int:
     """Return what a run's record means for a script."""
     from probe.report import text
 
-    if any(not entry.verified for entry in record.restore):
+    if any(entry.state == "failed" for entry in record.restore):
         return int(ExitCode.NOT_RESTORED)
     if record.findings:
         return int(ExitCode.FINDINGS)
@@ -419,13 +301,19 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from kernel_harness.boot.guest import requirements
+    from kernel_harness.boot.kernels import default_spec
     from probe.cpuid.machine import read_machine
     from probe.doctor import examine, look_around, ready_for
     from probe.host import Host, Modules
 
     host = Host()
     facts = host.facts()
-    around = look_around(host.msr_cpus(), Modules.available("msr"))
+    try:
+        kernel = default_spec()
+    except RequirementMissing:
+        kernel = ""
+    around = look_around(host.msr_cpus(), Modules.available("msr"), requirements(), kernel)
     checks = examine(facts, around, read_machine(facts.online).cpus)
     if arguments.json:
         import json
@@ -470,10 +358,13 @@ def _restore(arguments: argparse.Namespace) -> int:
             print(f"no journal in {state_dir}: no run was killed, nothing to put back")
             return int(ExitCode.AS_PREDICTED)
         boot_id = Host().boot_id()
-        if leftover.boot_id == boot_id:
+        same_boot = bool(boot_id) and leftover.boot_id == boot_id
+        if same_boot:
             modules.load("msr")
         with MsrDriver(writable=True) as msr, CpuPin() as pin, StopRequest():
-            settle(leftover, msr, pin, boot_id, print)
+            if same_boot:
+                msr.claim(leftover.saved)
+            settle(leftover, msr, pin, boot_id, _tell)
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -505,3 +396,14 @@ def _schema(arguments: argparse.Namespace) -> int:
 
     print(json.dumps(rec.schema(), indent=2))
     return int(ExitCode.AS_PREDICTED)
+
+
+_HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "predict": _predict,
+    "doctor": _doctor,
+    "restore": _restore,
+    "show": _show,
+    "models": _models,
+    "schema": _schema,
+}

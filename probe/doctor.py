@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +28,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program that something needs: whether it is there, and the command that brings it."""
+
+    name: str
+    there: bool
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Surroundings:
     """What lies outside the kernel's own files: who we are, which devices and programs are there."""
 
@@ -38,26 +45,27 @@ class Surroundings:
     msr_nodes: tuple[int, ...]
     cpuid_nodes: bool
     kvm: str  # "" if /dev/kvm can be opened, else why not
-    programs: Mapping[str, str]  # name -> path, "" if missing
+    programs: tuple[Program, ...]  # what booting a guest needs
+    guest_kernel: str  # the kernel that a guest would boot, "" if there is none
 
 
-def look_around(msr_nodes: tuple[int, ...], msr_loadable: bool) -> Surroundings:
-    """Look at devices and programs (edge; changes nothing)."""
+def look_around(
+    msr_nodes: tuple[int, ...], msr_loadable: bool, programs: Iterable[Program], guest_kernel: str
+) -> Surroundings:
+    """Look at devices (edge; changes nothing); the caller has looked for drivers, programs and kernels."""
     kvm = ""
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         kvm = error.strerror or "cannot be opened"
-    beside = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     return Surroundings(
         root=os.geteuid() == 0,
         msr_loadable=msr_loadable,
         msr_nodes=msr_nodes,
         cpuid_nodes=Path("/dev/cpu/0/cpuid").exists(),
         kvm=kvm,
-        programs={
-            name: shutil.which(name, path=beside) or "" for name in ("qemu-system-x86_64", "vng", "apt-get", "modprobe")
-        },
+        programs=tuple(programs),
+        guest_kernel=guest_kernel,
     )
 
 
@@ -74,8 +82,7 @@ def examine(facts: Facts, around: Surroundings, cpus: Mapping[int, Snapshot]) ->
         _microcode(facts, cpus),
         _readback(facts),
         _kvm(around),
-        _program(around, "qemu-system-x86_64", "QEMU", "apt-get install qemu-system-x86"),
-        _program(around, "vng", "virtme-ng", f"{sys.executable} -m pip install virtme-ng"),
+        *_programs(around),
         _guest_kernel(around),
     ]
 
@@ -142,7 +149,7 @@ def _vms(facts: Facts, around: Surroundings) -> Check:
 def _microcode(facts: Facts, cpus: Mapping[int, Snapshot]) -> Check:
     revisions = sorted(set(facts.microcode.values()))
     for cpu, snapshot in cpus.items():
-        why = bad_microcode(snapshot, facts.microcode.get(cpu, 0))
+        why = bad_microcode(snapshot, facts.microcode.get(cpu))
         if why:
             return Check("microcode", "no", why, "metal", "install intel-microcode and reboot")
     if not revisions:
@@ -168,18 +175,21 @@ def _kvm(around: Surroundings) -> Check:
     )
 
 
-def _program(around: Surroundings, program: str, name: str, remedy: str) -> Check:
-    path = around.programs.get(program, "")
-    if path:
-        return Check(name, "ok", f"{program} is there", "guest")
-    return Check(name, "no", f"{program} is missing", "guest", remedy)
+def _programs(around: Surroundings) -> list[Check]:
+    missing = [
+        Check(program.name, "no", f"{program.name} is missing", "guest", program.remedy)
+        for program in around.programs
+        if not program.there
+    ]
+    there = ", ".join(program.name for program in around.programs if program.there)
+    return missing or [Check("guest tools", "ok", there, "guest")]
 
 
 def _guest_kernel(around: Surroundings) -> Check:
-    if around.programs.get("apt-get"):
-        return Check("guest kernel", "ok", "apt-get can fetch the distribution's kernel into the cache", "guest")
+    if around.guest_kernel:
+        return Check("guest kernel", "ok", f"{around.guest_kernel}, fetched into the cache when one is needed", "guest")
     remedy = "spec-ctrl-probe run --in guest --kernel /boot/vmlinuz-VERSION"
-    return Check("guest kernel", "no", "no apt-get to fetch a kernel with", "guest", remedy)
+    return Check("guest kernel", "no", "none to boot: no apt-get, and the running one cannot be read", "guest", remedy)
 
 
 def ready_for(checks: list[Check]) -> list[str]:

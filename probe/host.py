@@ -7,10 +7,13 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from probe.cpuid.snapshot import Snapshot
 from probe.errors import RequirementMissing
@@ -52,10 +55,20 @@ BAD_MICROCODE: Mapping[tuple[int, int], int] = {
     (0x2D, 0x07): 0x712,
 }
 
+# A double quote holds a value with blanks together: linux v7.1 lib/cmdline.c, next_arg().
+_CMDLINE_WORD = re.compile(r'(?:"[^"]*"?|[^\s"])+')
+
+
+def _underscored(word: str) -> str:
+    """Return a parameter with its name as the kernel compares it: linux v7.1 kernel/params.c, dash2underscore()."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_") + equals + value
+
+
 TAINT_CPU_OUT_OF_SPEC = 1 << 2  # 'S'; linux v7.1 include/linux/panic.h
 
 
-def bad_microcode(cpu: Snapshot, revision: int) -> str:
+def bad_microcode(cpu: Snapshot, revision: int | None) -> str:
     """Say why this microcode must not be probed, or return "".
 
     Linux does not apply the list under a hypervisor, because the revision seen there means nothing.
@@ -64,10 +77,11 @@ def bad_microcode(cpu: Snapshot, revision: int) -> str:
     if cpu.vendor != "Intel" or cpu.family != 6 or cpu.under_hypervisor:
         return ""
     last_bad = BAD_MICROCODE.get((cpu.model, cpu.stepping))
-    if last_bad is None or revision > last_bad:
+    if last_bad is None or (revision is not None and revision > last_bad):
         return ""
+    which = "the revision is unknown, and early microcode" if revision is None else f"microcode {revision:#x}"
     return (
-        f"microcode {revision:#x} of {cpu.family:02x}-{cpu.model:02x}-{cpu.stepping:02x} is on Linux's list of "
+        f"{which} of {cpu.family:02x}-{cpu.model:02x}-{cpu.stepping:02x} is on Linux's list of "
         f"microcode with broken speculation control (up to {last_bad:#x}): writing MSR 0x48 made such machines unstable"
     )
 
@@ -113,6 +127,8 @@ class Facts:
     taint: int | None
     smt: str
     boot_id: str
+    kvm_users: int = 0
+    pid_namespace: bool = False
     vms: tuple[tuple[int, str], ...] = field(default=())
 
     @property
@@ -125,11 +141,21 @@ class Facts:
         return re.match(r"Mitigation: IBRS\b", line) is not None
 
 
+Processes = Callable[[], Iterable[tuple[int, str]]]
+
+
+def running_processes() -> Iterator[tuple[int, str]]:
+    """Yield (pid, name) of every process that can be seen from here."""
+    for process in psutil.process_iter(["name"]):
+        yield process.pid, process.info["name"] or ""
+
+
 class Host:
     """Reads the facts below a root folder: "/" in life, a folder of tests/data in a test."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), processes: Processes | None = None) -> None:
         self._root = root
+        self._processes = processes or running_processes
 
     def _text(self, path: str) -> str:
         try:
@@ -196,7 +222,10 @@ class Host:
 
     def cmdline(self) -> tuple[str, ...]:
         """Return those parameters of the kernel's command line that CMDLINE_ALLOWED lets through."""
-        return tuple(word for word in self._text("proc/cmdline").split() if CMDLINE_ALLOWED.match(word))
+        words = _CMDLINE_WORD.findall(self._text("proc/cmdline"))
+        # What follows "--" is for init: linux v7.1 kernel/params.c, parse_args().
+        ours = words[: words.index("--")] if "--" in words else words
+        return tuple(word for word in ours if CMDLINE_ALLOWED.match(_underscored(word)))
 
     def bios(self) -> Bios:
         """Return what DMI says of the firmware and the machine's model."""
@@ -217,13 +246,26 @@ class Host:
         return tuple(self._vms())
 
     def _vms(self) -> Iterator[tuple[int, str]]:
-        for process in sorted((self._root / "proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        for pid, name in sorted(self._processes()):
             with contextlib.suppress(OSError):
-                for fd in (process / "fd").iterdir():
+                for fd in (self._root / f"proc/{pid}/fd").iterdir():
                     with contextlib.suppress(OSError):
                         if str(fd.readlink()).startswith("anon_inode:kvm-vm"):
-                            yield int(process.name), self._text(f"proc/{process.name}/comm")
+                            yield pid, name
                             break
+
+    def kvm_users(self) -> int:
+        """Return how many references the KVM vendor modules have: open /dev/kvm and VMs, of hidden processes too."""
+        total = 0
+        for path in (self._root / "sys/module").glob("kvm_*/refcnt"):
+            with contextlib.suppress(OSError, ValueError):
+                total += int(path.read_text())
+        return total
+
+    def pid_namespace(self) -> bool:
+        """Tell whether this process lives in a pid namespace of its own (a container): NSpid has several numbers."""
+        match = re.search(r"^NSpid:(.*)$", self._text("proc/self/status"), re.MULTILINE)
+        return match is not None and len(match[1].split()) > 1
 
     def facts(self) -> Facts:
         """Read everything at once."""
@@ -242,6 +284,8 @@ class Host:
             taint=self.taint(),
             smt=self._text("sys/devices/system/cpu/smt/control"),
             boot_id=self.boot_id(),
+            kvm_users=self.kvm_users(),
+            pid_namespace=self.pid_namespace(),
             vms=self.vms(),
         )
 
@@ -256,10 +300,15 @@ class Modules:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in reversed(self.loaded):
-            subprocess.run(
-                [_modprobe(), "--remove", name], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=30
-            )
+        with _signals_wait():
+            for name in reversed(self.loaded):
+                subprocess.run(
+                    [_modprobe(), "--remove", name],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    check=False,
+                    timeout=30,
+                )
 
     @staticmethod
     def available(name: str) -> bool:
@@ -277,9 +326,12 @@ class Modules:
             return
         if shutil.which("modprobe", path=_SBIN) is None:
             raise RequirementMissing(f"cannot load the {name} module: modprobe is missing", "apt-get install kmod")
-        done = subprocess.run(
-            [_modprobe(), name], stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True
-        )
+        with _signals_wait():  # else it may be loaded without our knowing
+            done = subprocess.run(
+                [_modprobe(), name], stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True
+            )
+            if done.returncode == 0:
+                self.loaded.append(name)
         if done.returncode != 0:
             said = " ".join(done.stderr.split()) or f"modprobe ended with {done.returncode}"
             raise RequirementMissing(
@@ -287,7 +339,16 @@ class Modules:
                 f"it belongs to the kernel's own package (CONFIG_X86_{name.upper()}); "
                 "a kernel without it can be probed from a guest: run --in guest",
             )
-        self.loaded.append(name)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Hold back the signals that end the agent, here and in the modprobe that is started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])

@@ -3,8 +3,8 @@
 
 The journal is a file of JSON lines, each fsync'd before the write that it announces:
     {"ev": "saved", "boot_id": ..., "pid": ..., "started": ..., "msr": "0x48", "saved": [["0-3", "0x..."], ...]}
-    {"ev": "intent", "step": "bit 3"}
-    {"ev": "restored", "by": "agent" | "watchdog" | "restore", "verified": "0-3", "failed": "", "at": ...}
+    {"ev": "intent", "step": "bit 3", "mask": "0x0000000000000008"}
+    {"ev": "restored", "by": "agent" | "watchdog" | "restore command", "verified": "0-3", "failed": "", "at": ...}
 It is deleted when the agent itself has put everything back, and kept otherwise, so that the next run can tell what
 happened.
 """
@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from probe.errors import ProbeError, RecordError, RequirementMissing
 from probe.masks import format_list, grouped, hex64, parse_hex64, parse_list
 from probe.msr import MsrAccess
 from probe.outcome import Restored
+from probe.registers import SPEC_CTRL
+from probe.scheduling import Realtime
 from probe.store import sync_directory
 from probe.trial import Pin, put_back
 
@@ -40,6 +43,18 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _make_private(folder: Path) -> None:
+    """Make the state directory, for nobody but us: what lies in it decides what is written to registers."""
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(folder.parent)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise RequirementMissing(
+            f"the state directory {folder} belongs to, or can be written by, others", "give another: --state-dir DIR"
+        )
+
+
 class Lock:
     """One probe at a time on this machine: flock on a file in the state directory, held by the watchdog too."""
 
@@ -49,8 +64,8 @@ class Lock:
 
     def __enter__(self) -> Lock:
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _make_private(self._path.parent)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise RequirementMissing(
                 f"cannot write {self._path}: {error.strerror}", "needs root, or another folder: --state-dir DIR"
@@ -77,8 +92,9 @@ class Lock:
 class Leftover:
     """What an earlier run left: it ended without putting the registers back itself.
 
-    saved maps CPU to the 64-bit value; step is the last announced step ("" if none); restored_by names the process
-    that put the registers back since ("" if nobody), failed the CPUs where that could not be verified.
+    saved maps CPU to the 64-bit value; step is the last announced step ("" if none) and mask the bits that it may
+    have changed; restored_by names the process that put the registers back since ("" if nobody), failed the CPUs
+    where that could not be verified.
     """
 
     path: Path
@@ -88,6 +104,7 @@ class Leftover:
     msr: int
     saved: Mapping[int, int]
     step: str
+    mask: int
     restored_by: str
     failed: tuple[int, ...]
 
@@ -99,6 +116,8 @@ class Leftover:
             return f"{text}; the {self.restored_by} put every register back, verified"
         if self.restored_by:
             return f"{text}; the {self.restored_by} could not put back CPUs {format_list(self.failed)}"
+        if not self.saved:
+            return f"{text}: nothing to put back"
         if not same_boot:
             return f"{text}, and the machine has rebooted since: its registers were set up anew, nothing to put back"
         return f"{text}, and nobody has put the registers back yet"
@@ -111,25 +130,28 @@ def read_leftover(state_dir: Path) -> Leftover | None:
     """
     path = state_dir / _NAME
     try:
-        lines = path.read_bytes().split(b"\n")
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RequirementMissing(f"cannot read {path}: {error.strerror}", "needs root") from error
     events: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut or empty
+    for line in lines[:-1]:  # what follows the last newline is cut or empty
         try:
             events.append(json.loads(line))
         except ValueError as error:
-            raise RecordError(
-                f"journal {path} line {number} cannot be read: {error}", f"look at it, then remove it: rm {path}"
-            ) from error
+            if not events:
+                raise _not_ours(path, error) from error
     if not events:  # the machine died before the saved values were on disk, hence before the first write
-        return Leftover(path, "", 0, "unknown time", 0, {}, "", "", ())
+        return Leftover(path, "", 0, "unknown time", SPEC_CTRL.index, {}, "", 0, "", ())
     try:
         head = events[0]
         saved = {cpu: parse_hex64(value) for cpus, value in head["saved"] for cpu in parse_list(cpus)}
-        steps = [event["step"] for event in events if event["ev"] == "intent"]
+        if int(head["msr"], 16) != SPEC_CTRL.index:
+            raise ValueError(f"it is about MSR {head['msr']}")
+        steps = [(event["step"], parse_hex64(event["mask"])) for event in events if event["ev"] == "intent"]
         ends = [event for event in events if event["ev"] == "restored"]
         failed = parse_list(ends[-1]["failed"]) if ends and ends[-1]["failed"] else ()
         return Leftover(
@@ -139,14 +161,17 @@ def read_leftover(state_dir: Path) -> Leftover | None:
             started=head["started"],
             msr=int(head["msr"], 16),
             saved=saved,
-            step=steps[-1] if steps else "",
+            step=steps[-1][0] if steps else "",
+            mask=steps[-1][1] if steps else 0,
             restored_by=ends[-1]["by"] if ends else "",
             failed=failed,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(
-            f"journal {path} is not one of this tool's: {error!r}", f"look at it, then remove it: rm {path}"
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> RecordError:
+    return RecordError(f"journal {path} is not one of this tool's: {error!r}", f"look at it, then remove it: rm {path}")
 
 
 def file_away(leftover: Leftover) -> None:
@@ -173,8 +198,13 @@ class Journal:
         }
         try:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            self._append(json.dumps(head).encode())
-            sync_directory(state_dir)
+            try:
+                self._append(json.dumps(head).encode())
+                sync_directory(state_dir)
+            except OSError:
+                os.close(self.fd)
+                self.path.unlink()  # nothing was written to a register: no incident for the next run
+                raise
         except OSError as error:
             raise RequirementMissing(
                 f"cannot put the saved values on disk in {self.path}: {error.strerror}; nothing was written to any MSR",
@@ -183,14 +213,18 @@ class Journal:
 
     def _append(self, event: bytes) -> None:
         line = event + b"\n"
-        if os.write(self.fd, line) != len(line):
+        written = os.write(self.fd, line)
+        if written != len(line):  # half a line would run into the next one
+            os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self.fd)
 
-    def intent(self, step: str) -> None:
-        """Put on disk what is about to be tried; return only when it is there."""
+    def intent(self, step: str, mask: int) -> None:
+        """Put on disk what is about to be tried and which bits that may change; return only when it is there."""
         try:
-            self._append(b'{"ev": "intent", "step": "%s"}' % step.encode("ascii"))  # on the hot path
+            self._append(
+                b'{"ev": "intent", "step": "%s", "mask": "0x%016x"}' % (step.encode("ascii"), mask)
+            )  # on the hot path
         except OSError as error:
             raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
 
@@ -211,19 +245,26 @@ def restored_event(by: str, proof: Sequence[Restored]) -> dict[str, object]:
     return {
         "ev": "restored",
         "by": by,
-        "verified": format_list(item.cpu for item in proof if item.verified),
-        "failed": format_list(item.cpu for item in proof if not item.verified),
+        "verified": format_list(item.cpu for item in proof if not item.failed),
+        "failed": format_list(item.cpu for item in proof if item.failed),
         "at": now(),
     }
 
 
 def replay(leftover: Leftover, msr: MsrAccess, pin: Pin) -> list[Restored]:
-    """Put back what a killed run left, and note it in its journal. Only for the boot that the journal is of."""
-    proof = put_back(msr, leftover.msr, leftover.saved, pin)
-    with open(leftover.path, "ab") as file:
-        file.write(json.dumps(restored_event("restore command", proof)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Put back what a killed run left, and note it in its journal. Only for the boot that the journal is of.
+
+    Only the bits of the step that was announced last can have been left changed, for each trial ends with its restore;
+    what differs otherwise the kernel has changed since.
+    """
+    proof = put_back(msr, leftover.msr, leftover.saved, pin, ours=leftover.mask)
+    with contextlib.suppress(OSError):  # a full disk must not cost the registers
+        fd = os.open(leftover.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"\n" + json.dumps(restored_event("restore command", proof)).encode() + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     return proof
 
 
@@ -265,6 +306,8 @@ class Watchdog:
         pin: Pin,
     ) -> None:
         os.setsid()
+        with contextlib.suppress(OSError):  # the agent was bound to the CPU that it read last
+            os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTSTP):
             signal.signal(name, signal.SIG_IGN)
         null = os.open(os.devnull, os.O_RDWR)
@@ -275,10 +318,11 @@ class Watchdog:
         os.write(ready, b"r")
         os.close(ready)
         if os.read(wait_end, 1) == b"":
-            proof = put_back(msr, index, saved, pin)
+            with Realtime():
+                proof = put_back(msr, index, saved, pin)
             with contextlib.suppress(OSError):
                 journal.restored("watchdog", proof)
-            os._exit(0 if all(item.verified for item in proof) else 5)
+            os._exit(5 if any(item.failed for item in proof) else 0)
         os._exit(0)
 
     def alive(self) -> bool:
@@ -286,19 +330,22 @@ class Watchdog:
         if self.pid < 0:
             return False
         try:
-            pid, _ = os.waitpid(self.pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
         except ChildProcessError:
-            pid = self.pid
-        if pid:
+            pid, status = self.pid, 0
+        if pid and not os.WIFSTOPPED(status):
             self.pid = -1
-        return pid == 0
+        return pid == 0  # one that was stopped does not watch either
 
     def dismiss(self) -> None:
         """Tell it that everything is put back, and wait until it has gone."""
         with contextlib.suppress(OSError):
             os.write(self._pipe, b".")
         os.close(self._pipe)
-        if self.pid >= 0:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
+        end = time.monotonic() + 2
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            while self.pid >= 0 and os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+                if time.monotonic() > end:  # somebody has stopped it; it has nothing left to do
+                    os.kill(self.pid, signal.SIGKILL)
+                time.sleep(0.001)
         self.pid = -1

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
+import resource
+from collections.abc import Iterable
 from enum import Enum
 from typing import Protocol
 
@@ -64,6 +68,9 @@ class MsrDriver:
         self._flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         self._device = device
         self._fds: dict[int, int] = {}
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # one descriptor per CPU: 1,024 are not enough for 1,024 CPUs
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     def __enter__(self) -> MsrDriver:
         return self
@@ -89,17 +96,39 @@ class MsrDriver:
         try:
             self._fds[cpu] = os.open(path, self._flags)
         except OSError as error:
-            if error.errno == errno.ENXIO:
-                return Failure.OFFLINE
+            if error.errno == errno.ENXIO or (error.errno == errno.ENOENT and self._has_others(path)):
+                return Failure.OFFLINE  # the node of a CPU that is offline is not there
             text = f"cannot open {path}: {error.strerror}"
             if error.errno == errno.ENOENT:
                 raise RequirementMissing(text, "load the driver with: modprobe msr") from error
             if error.errno in (errno.EPERM, errno.EACCES):
-                raise RequirementMissing(text, "needs root with CAP_SYS_RAWIO: run it with sudo") from error
+                cure = "this root lacks CAP_SYS_RAWIO (a container?)" if os.geteuid() == 0 else "run it with sudo"
+                raise RequirementMissing(text, f"needs CAP_SYS_RAWIO; {cure}") from error
             if error.errno == errno.EIO:
                 raise RequirementMissing(text, "this CPU has no MSRs") from error
             raise DeviceError(text) from error
         return None
+
+    def _has_others(self, path: str) -> bool:
+        """Tell whether the driver has nodes for other CPUs, so that only this one is missing."""
+        nodes = glob.glob(self._device.format(cpu="[0-9]*"))  # noqa: PTH207 (an absolute pattern)
+        return any(node != path for node in nodes)
+
+    def claim(self, cpus: Iterable[int]) -> None:
+        """Take the MSRs of these CPUs for this process and its children: flock on the device nodes.
+
+        The lock in the state directory holds off a second probe that uses the same directory, this one any other.
+        Raise RequirementMissing if another process has claimed one of them.
+        """
+        for cpu in cpus:
+            if self.open(cpu) is not None:
+                continue
+            try:
+                fcntl.flock(self._fds[cpu], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequirementMissing(
+                    f"another probe is at the MSRs of CPU {cpu}, with another --state-dir", "wait until it has ended"
+                ) from error
 
     def read(self, cpu: int, index: int) -> int | Failure:
         """Read one MSR on one logical CPU.

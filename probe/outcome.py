@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar, Literal
+
+RestoreState = Literal["verified", "left", "failed"]
 
 
 class Outcome(Enum):
@@ -72,7 +75,8 @@ class CpuResult:
     saved is the 64-bit value read first, None if RDMSR faulted (no_register) or the CPU was offline; absent_because
     says which.
     cleared holds the trials of clearing bits that were set (--clear-bits). bad_pairs are the masks of two bits that
-    are accepted alone and fault together. pinned is False if the walk had to reach this CPU from another one.
+    are accepted alone and fault together. inconsistent is the mask of bits that faulted in one walk and were accepted
+    in another (--repeat); they count as fault.
     """
 
     cpu: int
@@ -84,18 +88,28 @@ class CpuResult:
     bad_pairs: tuple[int, ...] = ()
     absent_because: str = ""
     no_register: bool = False
-    pinned: bool = True
+    inconsistent: int = 0
 
 
 @dataclass(frozen=True)
 class Restored:
-    """Proof of restore for one CPU: what the register held first, and what it reads at the end (None: unreadable).
+    """Proof of restore for one CPU: what the register held first, and what it reads at the end (None: not readable).
 
-    verified is True if both are equal, or if the CPU went offline and the kernel set its register up anew.
+    state is VERIFIED (what we may have changed reads as it was first; note names bits that others changed), LEFT (the
+    CPU is or was offline: nothing was written, the kernel sets it up when it comes back), or FAILED.
     """
 
     cpu: int
     saved: int
     reads: int | None
-    verified: bool
+    state: RestoreState
     note: str = ""
+
+    VERIFIED: ClassVar[RestoreState] = "verified"
+    LEFT: ClassVar[RestoreState] = "left"
+    FAILED: ClassVar[RestoreState] = "failed"
+
+    @property
+    def failed(self) -> bool:
+        """True if the register may still hold what the probe wrote."""
+        return self.state == self.FAILED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The record of one run and its JSON Schema. Pure; probe/store.py takes it to disk and back.
+"""The record of one run and its JSON Schema. Pure; probe/entries.py fills it, probe/store.py takes it to disk and back.
 
 A record is made to be attached to a public mail: no host name, user, path, address or serial number, and of the
 kernel's command line only what bears on the result. Masks are strings of 0x and 16 digits. CPUs that agree share one
@@ -8,31 +8,27 @@ entry. A minor version only adds optional fields; what is missing is missing: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import re
+from functools import cache
 from typing import Annotated, Any, Literal, Union
 
-import msgspec
+import msgspec.structs
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from probe.cpuid.compare import group_equal
-from probe.cpuid.dumps import Dump
-from probe.cpuid.snapshot import Leaf, Registers, Snapshot
 from probe.errors import RecordError
-from probe.masks import format_list, hex64, parse_hex64, parse_list
-from probe.models.prediction import Prediction
-from probe.outcome import Combined, CpuResult, Observation, Outcome, Restored
-from probe.verdict import Finding, Verdict
+from probe.masks import hex64, parse_hex64, parse_list
+from probe.outcome import Observation, Outcome
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 SCHEMA_ID = f"urn:spec-ctrl-probe:record:{SCHEMA_MAJOR}"
 
-Mask = Annotated[str, Meta(pattern=r"^0x[0-9a-f]{16}$")]
-Mask32 = Annotated[str, Meta(pattern=r"^0x[0-9a-f]{1,8}$")]
-CpuList = Annotated[str, Meta(pattern=r"^([0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*)?$")]
-LeafName = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\.[0-9a-f]{1,8}$")]
-FourRegisters = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}( [0-9a-f]{8}){3}$")]
-ColumnName = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\.[0-9a-f]{1,8}\.e[abcd]x$")]
+_END = r"$(?!\n)"  # Python's $ also matches before a line feed at the end; that of JSON Schema (ECMA-262) does not
+Mask = Annotated[str, Meta(pattern=rf"^0x[0-9a-f]{{16}}{_END}")]
+Mask32 = Annotated[str, Meta(pattern=rf"^0x[0-9a-f]{{1,8}}{_END}")]
+CpuList = Annotated[str, Meta(pattern=rf"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*{_END}")]
+LeafName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}{_END}")]
+FourRegisters = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}( [0-9a-f]{{8}}){{3}}{_END}")]
+ColumnName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}\.e[abcd]x{_END}")]
 OutcomeName = Literal["retained", "dropped", "altered", "fault", "refused", "unstable", "absent"]
 
 
@@ -123,7 +119,7 @@ class Varying(_Entry):
     """
 
     registers: list[ColumnName]
-    xor: Annotated[str, Meta(pattern=r"^[0-9a-f]+( [0-9a-f]+)*$")]
+    xor: Annotated[str, Meta(pattern=rf"^[0-9a-f]+( [0-9a-f]+)*{_END}")]
 
 
 class CpuidGroup(_Entry):
@@ -222,7 +218,7 @@ class ObservationEntry(_Entry):
     pairs_tried: int = 0
     bad_pairs: list[Mask] = []
     absent_because: str = ""
-    pinned: bool = True
+    inconsistent: Mask = hex64(0)
 
 
 class VerdictEntry(_Entry):
@@ -251,7 +247,7 @@ class RestoreEntry(_Entry):
 
     cpus: CpuList
     saved: Mask
-    verified: bool
+    state: Literal["verified", "left", "failed"]
     reads: Union[Mask, UnsetType] = UNSET
     note: str = ""
 
@@ -259,9 +255,9 @@ class RestoreEntry(_Entry):
 class Record(_Entry):
     """One run. started is RFC 3339 in UTC, duration in seconds; judge names the model that findings come from."""
 
-    schema_version: Annotated[str, Meta(pattern=r"^[0-9]+\.[0-9]+$")]
+    schema_version: Annotated[str, Meta(pattern=rf"^[0-9]{{1,9}}\.[0-9]{{1,9}}{_END}")]
     tool: Tool
-    started: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    started: Annotated[str, Meta(pattern=rf"^[0-9]{{4}}(-[0-9]{{2}}){{2}}T[0-9]{{2}}(:[0-9]{{2}}){{2}}Z{_END}")]
     duration: float
     place: Place
     machine: Machine
@@ -280,96 +276,15 @@ class Record(_Entry):
     identity: str = ""
 
 
-# --- CPUID ---------------------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------------------------
 
 
-def cpuid_groups(cpus: Mapping[int, Snapshot]) -> list[CpuidGroup]:
-    """Fold the CPUID of many CPUs into groups; cpuid_of_groups() gives back exactly what went in."""
-    groups = []
-    for members, first in group_equal(cpus):
-        columns: dict[str, list[str]] = {}
-        for leaf, base in first.leaves.items():
-            others = [cpus[cpu].leaves[leaf] for cpu in members]
-            if all(other == base for other in others):
-                continue
-            for position, name in enumerate(Registers._fields):
-                xor = " ".join(f"{other[position] ^ base[position]:x}" for other in others)
-                if xor.strip("0 "):
-                    columns.setdefault(xor, []).append(f"{leaf}.{name}")
-        groups.append(
-            CpuidGroup(
-                cpus=format_list(members),
-                leaves={str(leaf): " ".join(f"{value:08x}" for value in base) for leaf, base in first.leaves.items()},
-                varying=[Varying(registers=names, xor=xor) for xor, names in columns.items()],
-            )
-        )
-    return groups
-
-
-def cpuid_of_groups(groups: Iterable[CpuidGroup]) -> dict[int, Snapshot]:
-    """Unfold what cpuid_groups() made; raise RecordError if the columns do not fit the CPUs."""
-    found: dict[int, Snapshot] = {}
-    for group in groups:
-        members = _cpu_list(group.cpus)
-        base = {
-            _leaf(name): Registers(*(int(word, 16) for word in text.split())) for name, text in group.leaves.items()
-        }
-        leaves = [dict(base) for _ in members] if group.varying else []
-        for column in group.varying:
-            values = [int(word, 16) for word in column.xor.split()]
-            if len(values) != len(members) or max(values) >> 32:
-                raise RecordError(
-                    f"the record's CPUID of CPUs {group.cpus} is damaged: {column.registers[:1]} does not fit"
-                )
-            for name in column.registers:
-                leaf_name, _, register = name.rpartition(".")
-                leaf = _leaf(leaf_name)
-                if leaf not in base:
-                    raise RecordError(f"the record's CPUID of CPUs {group.cpus} is damaged: no leaf {leaf_name}")
-                for mine, value in zip(leaves, values):
-                    old = mine[leaf]
-                    mine[leaf] = old._replace(**{register: getattr(old, register) ^ value})
-        for position, cpu in enumerate(members):
-            found[cpu] = Snapshot(leaves[position] if leaves else base)
-    return dict(sorted(found.items()))
-
-
-def dump_of_record(raw: bytes, name: str) -> Dump:
-    """Read a record as a CPUID dump: that of the machine it is about."""
-    record = decode(raw, name)
-    return Dump(f"a record of {record.tool.name}, {record.started}", cpuid_of_groups(record.cpuid.groups))
-
-
-def _leaf(name: str) -> Leaf:
-    leaf, _, subleaf = name.partition(".")
-    return Leaf(int(leaf, 16), int(subleaf, 16))
-
-
-def _cpu_list(text: str) -> tuple[int, ...]:
+def cpus_of(text: str) -> tuple[int, ...]:
+    """Read an entry's CPU list; raise RecordError for a range that is none."""
     try:
         return parse_list(text)
     except ValueError as error:
         raise RecordError(f"the record has a CPU list that is none: {error}") from error
-
-
-# --- from results to entries ---------------------------------------------------------------------------------------
-
-
-def _fold(entries: Iterable[tuple[int, Any]]) -> list[Any]:
-    """Join entries that are equal but for their CPU into one with a CPU list. Entries come with cpus=""."""
-    members: dict[bytes, list[int]] = {}
-    first: dict[bytes, Any] = {}
-    for cpu, entry in entries:
-        key = msgspec.json.encode(entry)
-        members.setdefault(key, []).append(cpu)
-        first[key] = entry
-    for key, entry in first.items():
-        entry.cpus = format_list(members[key])
-    return list(first.values())
-
-
-def _masks(seen: Observation) -> Masks:
-    return Masks(**{outcome.value: hex64(getattr(seen, outcome.value)) for outcome in Outcome})
 
 
 def observation_of(masks: Masks) -> Observation:
@@ -381,123 +296,6 @@ def observation_of(masks: Masks) -> Observation:
             raise RecordError(f"the record is damaged: bits {hex64(seen & value)} are {name} and something else too")
         seen |= value
     return Observation(**values)
-
-
-def _combined(combined: Combined | None) -> Union[CombinedEntry, UnsetType]:
-    if combined is None:
-        return UNSET
-    return CombinedEntry(
-        value=hex64(combined.value),
-        expected=hex64(combined.expected),
-        outcome=combined.outcome.value,
-        got=UNSET if combined.got is None else hex64(combined.got),
-    )
-
-
-def observation_entries(results: Iterable[CpuResult]) -> list[ObservationEntry]:
-    """Group the walk's results."""
-    return _fold(
-        (
-            result.cpu,
-            ObservationEntry(
-                cpus="",
-                outcomes=_masks(result.observation),
-                cleared=_masks(result.cleared) if result.cleared.tried else UNSET,
-                combined=_combined(result.combined),
-                pairs_tried=result.pairs_tried,
-                bad_pairs=[hex64(pair) for pair in result.bad_pairs],
-                absent_because=result.absent_because,
-                pinned=result.pinned,
-            ),
-        )
-        for result in results
-    )
-
-
-def saved_entries(results: Iterable[CpuResult]) -> list[Saved]:
-    """Group the values that the registers held at first."""
-    return _fold(
-        (result.cpu, Saved(cpus="", value=hex64(result.saved))) for result in results if result.saved is not None
-    )
-
-
-def prediction_entries(
-    predictions: Mapping[int, Sequence[Prediction]], titles: Mapping[str, str]
-) -> list[PredictionEntry]:
-    """Group the predictions of every CPU (one per model); titles maps a model's name to its title."""
-    return _fold(
-        (
-            cpu,
-            PredictionEntry(
-                model=prediction.model,
-                title=titles[prediction.model],
-                cpus="",
-                exists=prediction.exists,
-                accepts=hex64(prediction.accepts),
-                faults=hex64(prediction.faults),
-                either=hex64(prediction.either),
-                reasons=[
-                    ReasonEntry(
-                        mask=hex64(reason.mask),
-                        effect=reason.effect.value,
-                        because=reason.because,
-                        source=reason.source,
-                    )
-                    for reason in prediction.reasons
-                ],
-            ),
-        )
-        for cpu, of_cpu in predictions.items()
-        for prediction in of_cpu
-    )
-
-
-def verdict_entries(verdicts: Mapping[int, Mapping[str, Verdict]]) -> list[VerdictEntry]:
-    """Group the verdicts of every CPU (one per model)."""
-    return _fold(
-        (
-            cpu,
-            VerdictEntry(
-                model=model,
-                cpus="",
-                unexpected_fault=hex64(verdict.unexpected_fault),
-                unexpected_accept=hex64(verdict.unexpected_accept),
-                not_retained=hex64(verdict.not_retained),
-                as_predicted=hex64(verdict.as_predicted),
-                not_measured=hex64(verdict.not_measured),
-            ),
-        )
-        for cpu, of_cpu in verdicts.items()
-        for model, verdict in of_cpu.items()
-    )
-
-
-def finding_entries(findings: Iterable[Finding]) -> list[FindingEntry]:
-    """Turn findings into entries, in their order."""
-    return [
-        FindingEntry(kind=finding.kind, cpus=finding.cpus, mask=hex64(finding.mask), text=finding.text)
-        for finding in findings
-    ]
-
-
-def restore_entries(proof: Iterable[Restored]) -> list[RestoreEntry]:
-    """Group the proofs of restore."""
-    return _fold(
-        (
-            item.cpu,
-            RestoreEntry(
-                cpus="",
-                saved=hex64(item.saved),
-                verified=item.verified,
-                reads=UNSET if item.reads is None else hex64(item.reads),
-                note=item.note,
-            ),
-        )
-        for item in proof
-    )
-
-
-# --- the file ------------------------------------------------------------------------------------------------------
 
 
 def encode(record: Record) -> bytes:
@@ -517,9 +315,9 @@ def decode(raw: bytes, name: str) -> Record:
     """
     try:
         head = msgspec.json.decode(raw, type=_Head)
-        major, _, minor = head.schema_version.partition(".")
-        if not (major.isdigit() and minor.isdigit()):
-            raise RecordError(f"{name} is no record: schema_version {head.schema_version!r} is not major.minor")
+        major = head.schema_version.partition(".")[0]
+        if not re.match(r"[0-9]{1,9}\.[0-9]{1,9}\Z", head.schema_version):
+            raise RecordError(f"{name} is no record: schema_version {head.schema_version[:20]!r} is not major.minor")
         if int(major) != SCHEMA_MAJOR:
             raise RecordError(
                 f"{name} is a record of version {head.schema_version}; this tool reads {SCHEMA_MAJOR}.x",
@@ -532,36 +330,33 @@ def decode(raw: bytes, name: str) -> Record:
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{name} cannot be read: {error}", "it is cut or was never a JSON file") from error
-    for entry in record.observations:
-        observation_of(entry.outcomes)
+    try:
+        _check(record)
+    except RecordError as error:
+        raise RecordError(f"{name} is no valid record: {error.message}") from error
     return record
 
 
-_PLAIN_HYPERVISORS = {
-    "TCGTCGTCGTCG": "tcg",
-    "KVMKVMKVM": "kvm",
-    "Microsoft Hv": "hyperv",
-    "VMwareVMware": "vmware",
-    "XenVMMXenVMM": "xen",
-    "bhyve bhyve": "bhyve",
-    "ACRNACRNACRN": "acrn",
-}
+@cache
+def _cpu_lists(kind: type[Struct]) -> tuple[tuple[str, bool], ...]:
+    """Return the fields of a struct, each with whether it is a CPU list."""
+    return tuple((field.name, field.type == CpuList) for field in msgspec.structs.fields(kind))
 
 
-def default_path(record: Record) -> Path:
-    """Return results/<machine>/<time>-<kernel>.json; the machine is CPU signature, microcode and hypervisor."""
-    machine = record.machine
-    hypervisor = "metal"
-    if machine.under_hypervisor:
-        hypervisor = _PLAIN_HYPERVISORS.get(machine.hypervisor, _file_word(machine.hypervisor) or "hypervisor")
-    microcode = machine.microcode[0].revision if machine.microcode else "unknown"
-    folder = f"{_file_word(machine.vendor)}-{machine.signature[2:]:0>8}-ucode-{microcode}-{hypervisor}"
-    time = record.started.replace(":", "")
-    return Path("results") / folder / f"{time}-{_file_word(record.kernel.release)}.json"
-
-
-def _file_word(text: str) -> str:
-    return "".join(char if char.isascii() and (char.isalnum() or char in "._+-") else "-" for char in text).strip("-.")
+def _check(value: object) -> None:
+    """Raise RecordError for what no pattern can say: a range that runs backwards, a bit that has two outcomes."""
+    if isinstance(value, Masks):
+        observation_of(value)
+    elif isinstance(value, Struct):
+        for name, is_list in _cpu_lists(type(value)):
+            inner = getattr(value, name)
+            if is_list:
+                cpus_of(inner)
+            else:
+                _check(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check(inner)
 
 
 def schema() -> dict[str, Any]:

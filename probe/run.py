@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Options:
     state_dir: Path = STATE_DIR
     allow_running_vms: bool = False
     allow_bad_microcode: bool = False
+    allow_container: bool = False
     because: str = "asked for with --in metal"
     arguments: tuple[str, ...] = ()
 
@@ -69,11 +70,12 @@ def run(
     *,
     msr: MsrAccess | None = None,
     host: Host | None = None,
+    pin: Pin | None = None,
     read_cpuid: Callable[[Sequence[int]], MachineCpuid] = read_machine,
 ) -> Record:
     """Do one run and return its record; without options.write only plan and predict.
 
-    msr, host and read_cpuid are the edges; a test gives its own. Raise RequirementMissing if the machine refuses,
+    msr, host, pin and read_cpuid are the edges; a test gives its own. Raise RequirementMissing if the machine refuses,
     UsageError for CPUs or bits that make no sense, Interrupted after a signal (everything is put back then).
     """
     started, clock = now(), time.monotonic()
@@ -84,6 +86,10 @@ def run(
         facts = host.facts()
         cpuid = read_cpuid(facts.online)
         cpus = options.cpus or facts.online
+        if options.write and options.cpuid_file is None and set(cpus) - set(cpuid.cpus) <= set(facts.online):
+            unread = set(cpus) - set(cpuid.cpus)
+            if unread:
+                raise RequirementMissing(f"CPUID of CPUs {format_list(unread)} cannot be read", "see: doctor")
         missing = set(cpus) - set(facts.online)
         if missing:
             raise UsageError(
@@ -105,8 +111,11 @@ def run(
                 modules.load("msr")
             refuse(options, seen, host)
             with contextlib.ExitStack() as stack:
-                device = msr or stack.enter_context(MsrDriver(writable=True))
-                _walk(options, ears, device, seen)
+                if msr is None:
+                    driver = stack.enter_context(MsrDriver(writable=True))
+                    _walk(options, ears, driver, seen, stack.enter_context(CpuPin()), driver.claim)
+                else:
+                    _walk(options, ears, msr, seen, pin or stack.enter_context(CpuPin()))
             if set(host.vms()) - set(facts.vms):
                 seen.notes.append(
                     "a KVM guest was started during the run; it may have been entered with the probe's value"
@@ -147,6 +156,20 @@ def refuse(options: Options, seen: Seen, host: Host) -> None:
             "the msr driver refuses writes (msr.allow_writes=off)",
             "echo default > /sys/module/msr/parameters/allow_writes",
         )
+    if not facts.boot_id:
+        raise RequirementMissing(
+            "/proc does not tell the boot's identity, without which no journal is safe", "mount /proc"
+        )
+    if facts.pid_namespace and not options.allow_container:
+        raise RequirementMissing(
+            "this process is in a container: who ends the container kills the watchdog with it, and VMs are not seen",
+            "run it on the host; or, if nobody will: --allow-container",
+        )
+    if not facts.vms and facts.kvm_users and not options.allow_running_vms:
+        raise RequirementMissing(
+            "something has KVM open that cannot be seen from here; KVM would enter a guest with the probe's value",
+            "find it with: lsof /dev/kvm; or, if no vCPU runs on these CPUs: --allow-running-vms",
+        )
     if facts.vms and not options.allow_running_vms:
         who = ", ".join(f"{name} ({pid})" for pid, name in facts.vms[:3])
         more = f" and {len(facts.vms) - 3} more" if len(facts.vms) > 3 else ""
@@ -155,19 +178,36 @@ def refuse(options: Options, seen: Seen, host: Host) -> None:
             "stop them; or, if you know that none of their vCPUs runs on these CPUs: --allow-running-vms",
         )
     for cpu in seen.plan.cpus:
-        why = bad_microcode(seen.cpuid.cpus[cpu], facts.microcode.get(cpu, 0))
+        why = bad_microcode(seen.cpuid.cpus[cpu], facts.microcode.get(cpu))
         if why and not options.allow_bad_microcode:
             raise RequirementMissing(f"CPU {cpu}: {why}", "update the microcode; or --allow-bad-microcode")
 
 
-def _walk(options: Options, ears: Ears, msr: MsrAccess, seen: Seen) -> None:
+def _walk(
+    options: Options,
+    ears: Ears,
+    msr: MsrAccess,
+    seen: Seen,
+    pin: Pin,
+    claim: Callable[[Iterable[int]], None] = lambda cpus: None,
+) -> None:
     """Do the whole walk under the lock; its results and the proof of restore go into seen."""
     plan = seen.plan
     with Lock(options.state_dir):
         leftover = read_leftover(options.state_dir)
-        with CpuPin() as pin, StopRequest() as stop:
+        claim({*plan.cpus, *(leftover.saved if leftover else ())})
+        with StopRequest() as stop:
             if leftover is not None:
                 settle(leftover, msr, pin, seen.facts.boot_id, ears.say)
+            unreachable = [
+                cpu for cpu in plan.cpus if not pin(cpu) and msr.read(cpu, plan.index) is not Failure.OFFLINE
+            ]
+            if unreachable:
+                raise RequirementMissing(
+                    f"this process may not run on CPUs {format_list(unreachable)}, "
+                    "where other tasks change the register",
+                    "leave them out with --cpus, or run it outside this cpuset or container",
+                )
             read = read_saved(msr, plan.index, plan.cpus, pin)
             saved = {cpu: value for cpu, value in read.items() if not isinstance(value, Failure)}
             _check_clearing(options, msr, saved, seen)
@@ -185,7 +225,7 @@ def _walk_saved(
     msr: MsrAccess,
     saved: Mapping[int, int],
     seen: Seen,
-    pin: CpuPin,
+    pin: Pin,
     stop: StopRequest,
 ) -> tuple[list[CpuResult], list[Restored]]:
     """Walk over registers whose values are known; put them back whatever happens, and only then let errors out."""
@@ -197,10 +237,10 @@ def _walk_saved(
         journal.close(keep=False)
         raise
 
-    def intent(step: str) -> None:
+    def intent(step: str, mask: int) -> None:
         if not watchdog.alive():
-            raise ProbeError("the watchdog process has died; the walk stops here")
-        journal.intent(step)
+            raise ProbeError("the watchdog process has died or was stopped; the walk stops here")
+        journal.intent(step, mask)
 
     walk = Walk(msr, plan, saved, pin, intent=intent, stopping=stop, progress=ears.progress)
     ended_by: BaseException | None = None
@@ -212,12 +252,12 @@ def _walk_saved(
     except BaseException as error:  # whatever it is, the registers come first
         ended_by = error
     proof = put_back(msr, plan.index, saved, pin, walk.gone)  # if this raises, the watchdog does it when we are gone
-    failed = [item.cpu for item in proof if not item.verified]
-    if failed:
-        with contextlib.suppress(OSError):
-            journal.restored("agent", proof)
+    failed = [item.cpu for item in proof if item.failed]
+    with contextlib.suppress(OSError):  # a full disk: what is proved need not be written down
+        journal.restored("agent", proof)
+    with contextlib.suppress(OSError):
+        journal.close(keep=bool(failed))  # before the watchdog goes: killed in between, nobody would end the journal
     watchdog.dismiss()
-    journal.close(keep=bool(failed))
     if isinstance(ended_by, NotRestored):
         seen.notes.append(f"the walk stopped at once: {ended_by.message}")
     elif ended_by is not None:
@@ -234,19 +274,28 @@ def settle(leftover: Leftover, msr: MsrAccess, pin: Pin, boot_id: str, say: Call
 
     Raise NotRestored if a register cannot be put back; the journal stays then.
     """
-    same_boot = leftover.boot_id == boot_id
-    say(f"found a journal: {leftover.tell(same_boot)}")
+    same_boot = bool(boot_id) and leftover.boot_id == boot_id
     proof: list[Restored] = []
-    if same_boot and leftover.saved and (leftover.failed or not leftover.restored_by):
-        proof = replay(leftover, msr, pin)
-        failed = [item.cpu for item in proof if not item.verified]
+    if same_boot and leftover.step and leftover.saved and (leftover.failed or not leftover.restored_by):
+        proof = replay(leftover, msr, pin)  # before anything is said: whoever listens may have gone
+        say(f"found a journal: {leftover.tell(same_boot)}")
+        failed = [item.cpu for item in proof if item.failed]
         if failed:
             raise NotRestored(
                 f"the registers of CPUs {format_list(failed)} cannot be put back to what {leftover.path} says",
                 "a reboot sets them up anew",
             )
-        values = ", ".join(f"CPUs {cpus}: {hex64(value)}" for cpus, value in grouped(leftover.saved))
-        say(f"put back and verified: {values}")
+        back = {item.cpu: item.saved for item in proof if item.state == Restored.VERIFIED}
+        left = [item.cpu for item in proof if item.state == Restored.LEFT]
+        if back:
+            say("put back and verified: " + ", ".join(f"CPUs {cpus}: {hex64(value)}" for cpus, value in grouped(back)))
+        if left:
+            say(f"CPUs {format_list(left)} are offline: left to the kernel, which sets them up when they come back")
+        for item in proof:
+            if item.note and item.state == Restored.VERIFIED:
+                say(f"CPU {item.cpu}: {item.note}")
+    else:
+        say(f"found a journal: {leftover.tell(same_boot)}")
     file_away(leftover)
     return proof
 
@@ -261,7 +310,7 @@ def _check_clearing(options: Options, msr: MsrAccess, saved: Mapping[int, int], 
                     "say so with --clear-bits, or keep the default --base saved",
                 )
     stibp_goes = options.clear_bits and (options.base_zero or any(STIBP >> bit & 1 for bit in options.bits))
-    if not stibp_goes or seen.facts.smt not in ("on", ""):
+    if not stibp_goes or seen.facts.smt in ("off", "forceoff", "notsupported"):
         return
     for cpu, value in saved.items():
         if value & STIBP and has_erratum_1485(seen.cpuid.cpus[cpu]):

@@ -53,13 +53,13 @@ def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:
     With replace False an existing file is left alone and the name gets a number (-2, -3 ...). Return the path taken.
     Raise RecordError if the disk or the folder will not have it; nothing half-written stays.
     """
+    if replace and path.exists() and not path.is_file() and not path.is_dir():
+        return _write_device(raw, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise RecordError(
-            f"cannot write the record to {path}: {error.strerror}", "give another place: --record PATH, or - for stdout"
-        ) from error
+        raise _cannot_write(path, error) from error
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(raw)
@@ -80,10 +80,51 @@ def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:
                     taken = path.with_name(f"{path.stem}-{number}{path.suffix}")
         sync_directory(path.parent)
     except OSError as error:
-        raise RecordError(
-            f"cannot write the record to {path}: {error.strerror}", "give another place: --record PATH, or - for stdout"
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
     return taken
+
+
+def _write_device(raw: bytes, path: Path) -> Path:
+    """Write to a device or FIFO (/dev/null, say), which must stay what it is."""
+    try:
+        with open(path, "wb") as file:
+            file.write(raw)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return path
+
+
+def _cannot_write(path: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"cannot write the record to {path}: {error.strerror}", "give another place: --record PATH, or - for stdout"
+    )
+
+
+_PLAIN_HYPERVISORS = {
+    "TCGTCGTCGTCG": "tcg",
+    "KVMKVMKVM": "kvm",
+    "Microsoft Hv": "hyperv",
+    "VMwareVMware": "vmware",
+    "XenVMMXenVMM": "xen",
+    "bhyve bhyve": "bhyve",
+    "ACRNACRNACRN": "acrn",
+}
+
+
+def default_path(record: Record) -> Path:
+    """Return results/<machine>/<time>-<kernel>.json; the machine is CPU signature, microcode and hypervisor."""
+    machine = record.machine
+    hypervisor = "metal"
+    if machine.under_hypervisor:
+        hypervisor = _PLAIN_HYPERVISORS.get(machine.hypervisor, _file_word(machine.hypervisor) or "hypervisor")
+    microcode = machine.microcode[0].revision if machine.microcode else "unknown"
+    folder = f"{_file_word(machine.vendor)}-{machine.signature[2:]:0>8}-ucode-{microcode}-{hypervisor}"
+    time = record.started.replace(":", "")
+    return Path("results") / folder / f"{time}-{_file_word(record.kernel.release)}.json"
+
+
+def _file_word(text: str) -> str:
+    return "".join(char if char.isascii() and (char.isalnum() or char in "._+-") else "-" for char in text).strip("-.")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from probe.errors import Interrupted, NotRestored
-from probe.masks import bits_of, hex64
+from probe.errors import Interrupted, NotRestored, ProbeError
+from probe.masks import ALL_BITS, bits_of, format_bits, hex64, mask_of
 from probe.msr import Failure, MsrAccess
 from probe.outcome import Combined, CpuResult, Observation, Outcome, Restored
 
@@ -23,7 +23,7 @@ class Pin(Protocol):
     """Move this process to one CPU, so that nothing runs there between a write and its read-back."""
 
     def __call__(self, cpu: int) -> bool:
-        """Return False if the process may not run on that CPU; the walk then goes through the kernel's IPI."""
+        """Return False if the process may not run on that CPU, or the CPU is offline."""
         ...
 
 
@@ -50,7 +50,6 @@ class Plan:
 class _CpuState:
     cpu: int
     saved: int
-    pinned: bool = True
     gone: bool = False
     dirty: bool = False
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -58,6 +57,7 @@ class _CpuState:
     combined: Combined | None = None
     pairs_tried: int = 0
     bad_pairs: list[int] = field(default_factory=list)
+    inconsistent: int = 0
 
 
 def read_saved(msr: MsrAccess, index: int, cpus: Iterable[int], pin: Pin) -> dict[int, int | Failure]:
@@ -70,40 +70,59 @@ def read_saved(msr: MsrAccess, index: int, cpus: Iterable[int], pin: Pin) -> dic
 
 
 def put_back(
-    msr: MsrAccess, index: int, saved: Mapping[int, int], pin: Pin, gone: Iterable[int] = ()
+    msr: MsrAccess,
+    index: int,
+    saved: Mapping[int, int],
+    pin: Pin,
+    gone: Iterable[int] = (),
+    ours: int = ALL_BITS,
 ) -> list[Restored]:
-    """Bring every register to its saved value and prove it by reading.
+    """Bring every register to its saved value and prove it by reading; one CPU that fails costs no other.
 
-    A register that already reads right is not written. Each is read on its own CPU, as the saved value was: seen from
-    another CPU it may hold what the task that runs there asked for (SSBD, STIBP). gone names CPUs that went offline
-    on the way: the kernel sets their register up when they come back, so they are read, never written.
+    ours masks the bits that the probe may have changed; others that differ are left to who changed them, and noted. A
+    register in which all of ours read right is not written. Each is read on its own CPU, as the saved value was: seen
+    from another CPU it may hold what the task that runs there asked for (SSBD, STIBP), so where this process may not
+    run nothing is written. gone names CPUs that went offline on the way: the kernel sets their register up when they
+    come back, so they are read, never written.
     """
     lost = set(gone)
     proof = []
     for cpu, value in saved.items():
-        pin(cpu)
-        reads = msr.read(cpu, index)
-        tries = 0
-        while reads != value and not isinstance(reads, Failure) and cpu not in lost and tries < READ_BACK_TRIES:
-            msr.write(cpu, index, value)
-            reads = msr.read(cpu, index)
-            tries += 1
-        if reads is Failure.OFFLINE or cpu in lost:
-            note = "offline" if reads is Failure.OFFLINE else "was offline in between"
-            reads_value = None if isinstance(reads, Failure) else reads
-            proof.append(Restored(cpu, value, reads_value, True, f"{note}: the kernel sets it up on bring-up"))
-        elif isinstance(reads, Failure):
-            proof.append(Restored(cpu, value, None, False, f"read-back: {reads.value}"))
-        else:
-            proof.append(Restored(cpu, value, reads, reads == value))
+        try:
+            proof.append(_put_back_one(msr, index, cpu, value, pin, lost, ours))
+        except ProbeError as error:
+            proof.append(Restored(cpu, value, None, Restored.FAILED, error.message))
     return proof
+
+
+def _put_back_one(msr: MsrAccess, index: int, cpu: int, value: int, pin: Pin, lost: set[int], ours: int) -> Restored:
+    there = pin(cpu)
+    reads = msr.read(cpu, index)
+    tries = 0
+    while isinstance(reads, int) and (reads ^ value) & ours and there and cpu not in lost and tries < READ_BACK_TRIES:
+        msr.write(cpu, index, reads & ~ours | value & ours)
+        reads = msr.read(cpu, index)
+        tries += 1
+    if reads is Failure.OFFLINE:
+        return Restored(cpu, value, None, Restored.LEFT, "offline: the kernel sets it up when it comes back")
+    if isinstance(reads, Failure):
+        return Restored(cpu, value, None, Restored.FAILED, f"read-back: {reads.value}")
+    if reads == value:
+        return Restored(cpu, value, reads, Restored.VERIFIED, "was offline in between" if cpu in lost else "")
+    if cpu in lost:
+        return Restored(cpu, value, reads, Restored.LEFT, "was offline in between: the kernel has set it up anew")
+    if (reads ^ value) & ours:
+        note = "" if there else "this process may not run on this CPU, so nothing was written"
+        return Restored(cpu, value, reads, Restored.FAILED, note)
+    return Restored(cpu, value, reads, Restored.VERIFIED, f"bits {format_bits(reads ^ value)} were changed by others")
 
 
 class Walk:
     """The walk itself, over registers whose saved values are already in the journal.
 
-    intent is called before the first write of each step ("bit 3", "clear bit 0", "all accepted", "pairs from 2") and
-    must not return before that line is on disk. stopping is asked between two trials. progress gets (done, all).
+    intent is called before the first write of each step ("bit 3", "clear bit 0", "all accepted bits together",
+    "pairs from bit 2") with the mask of the bits that the step may change, and must not return before that is on
+    disk. stopping is asked between two trials. progress gets (done, all).
     """
 
     def __init__(
@@ -113,7 +132,7 @@ class Walk:
         saved: Mapping[int, int],
         pin: Pin,
         *,
-        intent: Callable[[str], None] = lambda step: None,
+        intent: Callable[[str, int], None] = lambda step, mask: None,
         stopping: Callable[[], str] = lambda: "",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
@@ -124,7 +143,6 @@ class Walk:
         self._stopping = stopping
         self._progress = progress
         self._states = [_CpuState(cpu, saved[cpu]) for cpu in plan.cpus if cpu in saved]
-        self._pinned_to = -1
 
     @property
     def gone(self) -> tuple[int, ...]:
@@ -139,10 +157,11 @@ class Walk:
         """
         plan = self._plan
         steps = len(plan.bits) * plan.repeat
+        tried = ALL_BITS if plan.base_zero else mask_of(plan.bits)
         done = 0
         for _ in range(plan.repeat):
             for bit in plan.bits:
-                self._step(f"bit {bit}", self._try_bit, bit)
+                self._step(f"bit {bit}", 1 << bit, self._try_bit, bit)
                 done += 1
                 self._progress(done, steps)
         if plan.clear_bits:
@@ -151,24 +170,24 @@ class Walk:
                 set_somewhere |= state.saved
             for bit in bits_of(set_somewhere):
                 if bit in plan.bits:
-                    self._step(f"clear bit {bit}", self._try_clear, bit)
-        self._step("all accepted bits together", self._try_combined, 0)
+                    self._step(f"clear bit {bit}", 1 << bit, self._try_clear, bit)
+        self._step("all accepted bits together", tried, self._try_combined, 0)
         if plan.pairs:
             for bit in plan.bits:
-                self._step(f"pairs from bit {bit}", self._try_pairs, bit)
+                self._step(f"pairs from bit {bit}", tried, self._try_pairs, bit)
         return [self._result(state) for state in self._states]
 
-    def _step(self, name: str, trial: Callable[[_CpuState, int], None], bit: int) -> None:
-        self._intent(name)
+    def _step(self, name: str, mask: int, trial: Callable[[_CpuState, int], None], bit: int) -> None:
+        self._intent(name, ALL_BITS if self._plan.base_zero else mask)
         for state in self._states:
             reason = self._stopping()
             if reason:
                 raise Interrupted(f"{reason} before {name} on CPU {state.cpu}")
             if state.gone:
                 continue
-            if self._pinned_to != state.cpu:
-                state.pinned = self._pin(state.cpu) and state.pinned
-                self._pinned_to = state.cpu
+            if not self._pin(state.cpu):  # offline, or taken from this process's cpuset; its register is as it was
+                state.gone = True
+                continue
             trial(state, bit)
 
     def _base(self, state: _CpuState) -> int:
@@ -177,8 +196,21 @@ class Walk:
     def _try_bit(self, state: _CpuState, bit: int) -> None:
         outcome, _ = self._attempt(state, self._base(state) | 1 << bit, 1 << bit)
         before = state.outcomes.get(bit)
-        state.outcomes[bit] = outcome if before in (None, outcome) else Outcome.UNSTABLE
+        state.outcomes[bit] = outcome if before in (None, outcome) else self._reconciled(state, bit, before, outcome)
         self._undo(state)
+
+    @staticmethod
+    def _reconciled(state: _CpuState, bit: int, before: Outcome | None, now: Outcome) -> Outcome:
+        """Return what two walks that disagree on a bit amount to."""
+        assert before is not None
+        if now in (Outcome.ABSENT, Outcome.REFUSED):
+            return before
+        if before in (Outcome.ABSENT, Outcome.REFUSED):
+            return now
+        if Outcome.FAULT in (before, now):
+            state.inconsistent |= 1 << bit
+            return Outcome.FAULT
+        return Outcome.UNSTABLE
 
     def _try_clear(self, state: _CpuState, bit: int) -> None:
         if state.saved >> bit & 1:
@@ -257,7 +289,7 @@ class Walk:
             failure = msr.write(cpu, index, saved)
             reads = failure if failure is not None else msr.read(cpu, index)
             if reads == saved or reads is Failure.OFFLINE:
-                state.gone = reads is Failure.OFFLINE
+                state.gone = state.gone or reads is Failure.OFFLINE
                 state.dirty = False
                 return
         held = reads.value if isinstance(reads, Failure) else hex64(reads)
@@ -276,7 +308,7 @@ class Walk:
             pairs_tried=state.pairs_tried,
             bad_pairs=tuple(state.bad_pairs),
             absent_because="went offline during the walk" if state.gone else "",
-            pinned=state.pinned,
+            inconsistent=state.inconsistent,
         )
 
     def results(self) -> list[CpuResult]:

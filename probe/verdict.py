@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from probe.cpuid.snapshot import Snapshot
 from probe.masks import ALL_BITS, format_bits, format_list, hex64
 from probe.models.prediction import Prediction
 from probe.outcome import CpuResult, Observation, Outcome, Restored
@@ -75,6 +74,7 @@ KINDS = (
     "unexpected_fault",
     "unexpected_accept",
     "not_retained",
+    "inconsistent",
     "not_clearable",
     "combination_refused",
     "combination_altered",
@@ -91,7 +91,7 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def findings_of_verdict(
-    cpus: Iterable[int], model: str, verdict: Verdict, seen: Observation, cpu: Snapshot
+    cpus: Iterable[int], model: str, verdict: Verdict, seen: Observation, *, hypervisor: bool, recorded: bool
 ) -> list[Finding]:
     """Put the three ways to disagree into words, for CPUs that agree with each other."""
     found = []
@@ -99,25 +99,37 @@ def findings_of_verdict(
     if verdict.unexpected_fault:
         absent = verdict.unexpected_fault & seen.absent
         what = "the register is enumerated but RDMSR takes #GP" if absent else "enumerated, but the write takes #GP"
-        if cpu.under_hypervisor:
+        if recorded:
+            what += "; the CPUID that was given enumerates these bits (KVM 5.6-5.8 refused STIBP to such a guest)"
+        elif hypervisor:
             what += "; the hypervisor offers these bits in CPUID and refuses them (as KVM 5.6-5.8 did with STIBP)"
         found.append(
-            Finding("unexpected_fault", where, verdict.unexpected_fault, f"{_bits(verdict.unexpected_fault)}: {what}")
+            Finding(
+                "unexpected_fault", where, verdict.unexpected_fault, f"{named_bits(verdict.unexpected_fault)}: {what}"
+            )
         )
     for mask, how in (
         (verdict.unexpected_accept & seen.dropped, _ignored(seen)),
         (verdict.unexpected_accept & seen.retained, "the register takes and keeps bits that CPUID does not enumerate"),
-        (verdict.unexpected_accept & seen.altered, "the write does not fault, other bits read back"),
-        (verdict.unexpected_accept & seen.unstable, "the write does not fault; read-back is not steady"),
+        (verdict.unexpected_accept & seen.altered, "the write does not fault, something else reads back, or nothing"),
+        (
+            verdict.unexpected_accept & seen.unstable,
+            "the write does not fault; read-back is not steady, or means nothing",
+        ),
     ):
         if mask:
-            if cpu.under_hypervisor and how.startswith("the register"):
+            if hypervisor and how.startswith("the register"):
                 how += " (a hypervisor that passes the register through lets them reach the hardware)"
-            found.append(Finding("unexpected_accept", where, mask, f"{_bits(mask)}: model {model} says #GP; {how}"))
+            found.append(
+                Finding("unexpected_accept", where, mask, f"{named_bits(mask)}: model {model} says #GP; {how}")
+            )
     if verdict.not_retained:
         found.append(
             Finding(
-                "not_retained", where, verdict.not_retained, f"{_bits(verdict.not_retained)}: accepted, but not kept"
+                "not_retained",
+                where,
+                verdict.not_retained,
+                f"{named_bits(verdict.not_retained)}: accepted, but not kept",
             )
         )
     return found
@@ -127,6 +139,9 @@ def findings_of_walk(result: CpuResult) -> list[Finding]:
     """Tell what the walk itself found on one CPU, whatever any model says."""
     found = []
     cpu = str(result.cpu)
+    if result.inconsistent:
+        text = f"{named_bits(result.inconsistent)}: took #GP in one walk and was accepted in another; counted as fault"
+        found.append(Finding("inconsistent", cpu, result.inconsistent, text))
     combined = result.combined
     if combined is not None:
         if combined.outcome is Outcome.FAULT:
@@ -146,7 +161,7 @@ def findings_of_walk(result: CpuResult) -> list[Finding]:
     ]
     stuck = result.cleared.tried & ~(result.cleared.retained | result.cleared.unstable | result.cleared.absent)
     if stuck:
-        found.append(Finding("not_clearable", cpu, stuck, f"{_bits(stuck)}: set at first, and cannot be cleared"))
+        found.append(Finding("not_clearable", cpu, stuck, f"{named_bits(stuck)}: set at first, and cannot be cleared"))
     return found
 
 
@@ -161,7 +176,7 @@ def findings_of_restore(proof: Iterable[Restored]) -> list[Finding]:
             f"{hex64(item.reads) if item.reads is not None else item.note}",
         )
         for item in proof
-        if not item.verified
+        if item.failed
     ]
 
 
@@ -183,5 +198,6 @@ def _ignored(seen: Observation) -> str:
     return "the write does not fault and the bits read 0: it is ignored"
 
 
-def _bits(mask: int) -> str:
+def named_bits(mask: int) -> str:
+    """Write bits with their names: bit 1 (STIBP)."""
     return f"{'bit' if mask & (mask - 1) == 0 else 'bits'} {SPEC_CTRL.describe(mask)}"

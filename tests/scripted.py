@@ -10,7 +10,7 @@ from probe.cpuid.machine import MachineCpuid
 from probe.cpuid.snapshot import Leaf, Snapshot
 from probe.host import Host
 from probe.run import Ears, Options, run
-from tests.fakes import FakeMsr, FakeRegister
+from tests.fakes import FakeMsr, FakeRegister, pin_anywhere
 
 DATA = Path(__file__).parent / "data"
 
@@ -66,4 +66,4 @@ def run_scripted(folder: Path, count: int, register: FakeRegister) -> bytes:
     msr = FakeMsr({cpu: replace(register, writes=[]) for cpu in range(count)})
     cpuid = cpuid_of(count)
     options = Options(write=True, state_dir=folder / "state")
-    return encode(run(options, Ears(), msr=msr, host=host, read_cpuid=lambda cpus: cpuid))
+    return encode(run(options, Ears(), msr=msr, host=host, pin=pin_anywhere, read_cpuid=lambda cpus: cpuid))

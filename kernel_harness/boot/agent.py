@@ -21,6 +21,7 @@ from probe.errors import GuestLost, UsageError
 from probe.store import read_record
 
 _BOOT_SECONDS = 240.0
+_STATE = "/run/spec-ctrl-probe-state"  # in the guest's memory: the guest is thrown away, and its root owns it
 _PARAMETER = re.compile(
     r"(?:valid|dropped|sticky|unreadable|initial|rewrite_mask|rewrite_value|absent|noise|noise_mask|delay_us)"
     r"=(?:0x[0-9a-f]{1,16}|[0-9]+)(?:,(?:0x[0-9a-f]{1,16}|[0-9]+))*\Z"
@@ -57,6 +58,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
     Raise RequirementMissing if something to boot with is absent, GuestLost if the guest dies or the agent in it ends
     without a record; its own last words are in the message then.
     """
+    guest.check_requirements()  # before a kernel is fetched for nothing
     cache = cache or default_cache()
     kernel = kernels.obtain(wanted.kernel or kernels.default_spec(), cache, say)
     if wanted.accelerator == "auto":
@@ -75,7 +77,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
     except OSError as error:
         raise storage_error("create a folder in", cache / "runs", error) from error
     try:
-        command += ["--record", str(folder / "record.json"), "--state-dir", str(folder), *wanted.arguments]
+        command += ["--record", str(folder / "record.json"), "--state-dir", _STATE, *wanted.arguments]
         if wanted.cpuid is not None:
             (folder / "cpuid.txt").write_text(format_raw(wanted.cpuid.cpus), encoding="ascii")
             command += ["--cpuid", str(folder / "cpuid.txt")]

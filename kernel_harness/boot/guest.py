@@ -28,6 +28,7 @@ from typing import IO
 from kernel_harness.boot import kernels
 from kernel_harness.boot.cache import default_cache, locked, storage_error, write_whole
 from kernel_harness.boot.kernels import Kernel
+from probe.doctor import Program
 from probe.errors import GuestLost, RequirementMissing, UsageError
 
 QEMU = "qemu-system-x86_64"
@@ -38,6 +39,7 @@ EXCHANGE = "/run/spec-ctrl-probe"  # where the guest sees the folder through whi
 _LAYERED = ("/etc", "/lib", "/home", "/opt", "/root", "/srv", "/usr", "/var", "/tmp")
 _HIDDEN = ("/run", "/dev", "/var/log", "/var/tmp", "/var/cache", "/var/spool/rsyslog", "/var/lib/apt")
 _PATH_THAT_VIRTME_TAKES = re.compile(r"[A-Za-z0-9_+/.-]+\Z")  # virtme-ng 1.42 _SAFE_PATH_PATTERN, less the blank
+_A_PATH = re.compile(r"(?<![\w.])/(?!dev/kvm\b)[^\s:,;'\"()]+")
 _APPEND_MAX = 900  # bytes; x86 takes 2048 (COMMAND_LINE_SIZE), virtme-run needs the rest
 
 # Constant text: command, environment and folder come as files, so that nothing is ever quoted for a shell.
@@ -222,35 +224,36 @@ def _alive(group: int) -> bool:
     return True
 
 
-def find_virtme_run() -> str:
-    """Return the path of virtme-run: beside the running Python, or on PATH. Raise RequirementMissing if absent."""
+def _virtme_run() -> str | None:
+    """Return the path of virtme-run: beside the running Python, or on PATH; None if absent."""
     beside = Path(sys.executable).with_name("virtme-run")
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("virtme-run")
-    if found is None:
-        raise RequirementMissing(
-            "cannot boot a kernel: virtme-ng is not installed", f"{sys.executable} -m pip install virtme-ng"
-        )
-    return found
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("virtme-run")
 
 
-def check_requirements() -> None:
-    """Look for the programs that booting needs. Raise RequirementMissing for the first that is absent.
+def requirements() -> list[Program]:
+    """Look for the programs that booting needs.
 
     virtme-run itself ends with a Python traceback if file and strings, modprobe or busybox are missing (1.42).
     """
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    for programs, package in (
-        ((QEMU,), "qemu-system-x86"),
-        (("busybox",), "busybox-static"),
-        (("modprobe",), "kmod"),
-        (("file", "strings"), "file"),
-        (("timeout",), "coreutils"),
-    ):
-        if not any(shutil.which(program, path=path) for program in programs):
-            raise RequirementMissing(
-                f"cannot boot a kernel: no {' or '.join(programs)} on this system", f"apt-get install {package}"
-            )
-    find_virtme_run()
+    found = [
+        Program(" or ".join(names), any(shutil.which(name, path=path) for name in names), f"apt-get install {package}")
+        for names, package in (
+            ((QEMU,), "qemu-system-x86"),
+            (("busybox",), "busybox-static"),
+            (("modprobe",), "kmod"),
+            (("file", "strings"), "file"),
+            (("timeout",), "coreutils"),
+        )
+    ]
+    return [*found, Program("virtme-ng", _virtme_run() is not None, f"{sys.executable} -m pip install virtme-ng")]
+
+
+def check_requirements() -> None:
+    """Raise RequirementMissing for the first program that booting needs and that is absent."""
+    for program in requirements():
+        if not program.there:
+            raise RequirementMissing(f"cannot boot a kernel: no {program.name} on this system", program.remedy)
 
 
 def _make_exchange(home: Path) -> tuple[Path, int]:
@@ -385,7 +388,7 @@ def start(
         (exchange / "environment").write_bytes(b"".join(os.fsencode(item) + b"\0" for item in settings))
         (exchange / "folder").write_text(str(rw_dir or "/"), encoding="utf-8")
         (exchange / "tmp").mkdir()
-        program = find_virtme_run()
+        program = _virtme_run() or "virtme-run"
         process = subprocess.Popen(
             ["timeout", "--signal=KILL", f"{lifetime:g}", program, *arguments],
             stdin=subprocess.DEVNULL,
@@ -510,4 +513,5 @@ def _try_kvm(kernel: Kernel) -> tuple[str, str]:
         if console.exists() and _KVM_TRIAL_MARK in console.read_text(encoding="utf-8", errors="replace"):
             return "kvm", f"{kernel.release} boots under KVM in {time.monotonic() - began:.0f} s"
         said = (result.stderr.strip().splitlines() or [f"QEMU ended with status {result.returncode}"])[0]
+        said = _A_PATH.sub("PATH", said)  # it goes into the record
         return "tcg", f"{kernel.release} does not boot under KVM: {said}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,7 @@ from probe.cpuid.snapshot import Snapshot
 from probe.masks import bits_of, format_bits, format_list, hex64
 from probe.models.prediction import Effect, Model, Prediction
 from probe.registers import SPEC_CTRL
-
-WIDTH = 75
+from probe.report.layout import joined, paragraph
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,19 @@ def as_json(form: str, groups: Sequence[Group]) -> str:
 
 def as_text(form: str, groups: Sequence[Group]) -> str:
     """Return the masks, the table of bits and the reasons of every group, at most 75 columns wide."""
-    lines = [f"CPUID from {form}"]
+    lines = paragraph(f"CPUID from {form}")
     for group in groups:
         cpu = group.snapshot
         name = f"{cpu.vendor} {cpu.family:02x}-{cpu.model:02x}-{cpu.stepping:02x} (CPUID.1:EAX {cpu.signature:#010x})"
         many = f"{len(group.cpus)} CPU{'s' if len(group.cpus) > 1 else ''}: {format_list(group.cpus)}"
-        lines += ["", *textwrap.wrap(f"{name}, {many}", WIDTH)]
+        lines += ["", *paragraph(f"{name}, {many}")]
         if cpu.brand:
-            lines.append("".join(char if char.isprintable() else "?" for char in cpu.brand)[:WIDTH])
+            lines += paragraph(cpu.brand)
         if cpu.under_hypervisor:
             lines.append(f"under hypervisor {cpu.hypervisor or '(unnamed)'}")
         for prediction in group.predictions:
             lines += ["", *_one(prediction)]
-    return "\n".join(lines) + "\n"
+    return joined(lines)
 
 
 def _one(prediction: Prediction) -> list[str]:
@@ -107,11 +105,5 @@ def _one(prediction: Prediction) -> list[str]:
     lines.append("")
     numbered = sorted((notes[reason.mask], reason) for reason in prediction.reasons if reason.mask in notes)
     for number, reason in numbered:
-        lines += textwrap.wrap(
-            f"{reason.because}. Source: {reason.source}",
-            WIDTH,
-            initial_indent=f"  [{number}] ",
-            subsequent_indent="      ",
-            break_on_hyphens=False,
-        )
+        lines += paragraph(f"{reason.because}. Source: {reason.source}", f"  [{number}] ", "      ")
     return lines

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from probe import record as rec
+from probe.entries import cpuid_of_groups
 from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, parse_hex64, parse_list
 from probe.models.prediction import Effect
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
-
-WIDTH = 75
-_LABEL = 11
+from probe.report.layout import LABEL, WIDTH, clean, field, fields, joined, paragraph
 
 
 def render(record: rec.Record) -> str:
@@ -27,36 +27,13 @@ def render(record: rec.Record) -> str:
         lines += [*_plan(record), ""]
     lines += [*_models(record), "", *_restore(record)]
     if record.notes:
-        lines += ["", *_wrap("notes", record.notes)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def _field(label: str, text: str) -> list[str]:
-    """One labelled field, wrapped so that no line is wider than WIDTH."""
-    return textwrap.wrap(
-        _clean(text),
-        WIDTH,
-        initial_indent=f"{label:<{_LABEL}}",
-        subsequent_indent=" " * _LABEL,
-        break_on_hyphens=False,
-    ) or [label]
-
-
-def _wrap(label: str, texts: Iterable[str]) -> list[str]:
-    lines: list[str] = []
-    for text in texts:
-        lines += _field("" if lines else label, text)
-    return lines
-
-
-def _clean(text: str) -> str:
-    """Keep control characters of a foreign record away from the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+        lines += ["", *fields("notes", record.notes)]
+    return joined(lines)
 
 
 def _head(record: rec.Record) -> list[str]:
     title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x})"
-    if any(entry.verified is False for entry in record.restore):
+    if any(entry.state == "failed" for entry in record.restore):
         word = "NOT PUT BACK"
     elif record.walk is UNSET:
         word = "plan only, nothing written"
@@ -76,71 +53,65 @@ def measured_anything(record: rec.Record) -> bool:
 
 def _findings(record: rec.Record) -> list[str]:
     if not record.findings:
-        return _field("findings", "none")
+        return field("findings", "none")
     lines = ["findings"]
     for number, finding in enumerate(record.findings, 1):
         where = f"CPU{'s' if not finding.cpus.isdigit() else ''} {finding.cpus}"
-        lines += textwrap.wrap(
-            _clean(f"{finding.kind}, {where}: {finding.text}"),
-            WIDTH,
-            initial_indent=f"{number:>3}. ",
-            subsequent_indent="     ",
-            break_on_hyphens=False,
-        )
+        lines += paragraph(f"{finding.kind}, {where}: {finding.text}", f"{number:>3}. ", "     ")
     return lines
 
 
 def _machine(record: rec.Record) -> list[str]:
     machine, kernel = record.machine, record.kernel
     where = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
-    lines = _field("machine", f"{where} (CPUID.1:EAX {machine.signature}), CPUs {machine.online}")
+    lines = field("machine", f"{where} (CPUID.1:EAX {machine.signature}), CPUs {machine.online}")
     if machine.brand:
-        lines += _field("", machine.brand)
+        lines += field("", machine.brand)
     if record.identity:
-        lines += _field("", f"called {record.identity}")
+        lines += field("", f"called {record.identity}")
     for entry in machine.microcode or [rec.Microcode(cpus="", revision="0x0")]:
         text = f"microcode {entry.revision}" if entry.cpus else "microcode unknown"
-        lines += _field("", text + (f" on CPUs {entry.cpus}" if len(machine.microcode) > 1 else ""))
+        lines += field("", text + (f" on CPUs {entry.cpus}" if len(machine.microcode) > 1 else ""))
     firmware = " ".join(part for part in (machine.bios.vendor, machine.bios.version, machine.bios.date) if part)
     if firmware:
-        lines += _field("", f"firmware {firmware}")
+        lines += field("", f"firmware {firmware}")
     if machine.under_hypervisor:
-        lines += _field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
-    lines += _field("kernel", f"{kernel.release}, lockdown {kernel.lockdown}, {_taint(kernel)}")
+        lines += field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
+    lines += field("kernel", f"{kernel.release}, lockdown {kernel.lockdown}, {_taint(kernel)}")
     if kernel.cmdline:
-        lines += _field("", " ".join(kernel.cmdline))
+        lines += field("", " ".join(kernel.cmdline))
     for name in ("spectre_v2", "spec_store_bypass", "retbleed"):
         if name in kernel.mitigations:
-            lines += _field("", f"{name}: {kernel.mitigations[name]}")
+            lines += field("", f"{name}: {kernel.mitigations[name]}")
     guest = record.place.guest
     if guest is not UNSET:
-        lines += _field(
+        lines += field(
             "place", f"guest of our own: {guest.kernel} {guest.kernel_version}, {guest.qemu}, {guest.accelerator}"
         )
         if guest.register_model:
-            lines += _field("", f"its msr driver has a modelled register: {guest.register_model}")
+            lines += field("", f"its msr driver has a modelled register: {guest.register_model}")
     else:
-        lines += _field("place", "this machine's own msr driver")
-    lines += _field("", record.place.because)
-    lines += _field("CPUID", f"read by {' and '.join(record.cpuid.sources)}; cross-check: {record.cpuid.cross_check}")
+        lines += field("place", "this machine's own msr driver")
+    lines += field("", record.place.because)
+    lines += field("CPUID", f"read by {' and '.join(record.cpuid.sources)}; cross-check: {record.cpuid.cross_check}")
     if record.predicted_from is not UNSET:
-        lines += _field(
+        lines += field(
             "", f"predictions from a recorded CPUID ({record.predicted_from.form}): {_predicted_cpu(record)}"
         )
-    lines += _field(
+    lines += field(
         "run",
         f"{record.started}, {record.duration:.1f} s, {record.tool.name} {record.tool.version}, "
         f"Python {record.tool.python}",
     )
     if record.tool.arguments:
-        lines += _field("", " ".join(record.tool.arguments))
+        lines += field("", " ".join(record.tool.arguments))
     return lines
 
 
 def _predicted_cpu(record: rec.Record) -> str:
     if record.predicted_from is UNSET:
         return ""
-    cpus = rec.cpuid_of_groups(record.predicted_from.groups)
+    cpus = cpuid_of_groups(record.predicted_from.groups)
     cpu = cpus[min(cpus)]
     return f"{cpu.vendor} {cpu.family:02x}-{cpu.model:02x}-{cpu.stepping:02x} {cpu.brand}".strip()
 
@@ -153,7 +124,14 @@ def _taint(kernel: rec.Kernel) -> str:
 
 
 def _walked_groups(record: rec.Record) -> Iterator[rec.ObservationEntry]:
-    yield from record.observations
+    """Split the observations so that CPUs that were predicted or judged otherwise have a table each."""
+    for entry in record.observations:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for cpu in parse_list(entry.cpus):
+            key = (id(_prediction_for(record, cpu, record.judge)), id(_verdict_for(record, cpu, record.judge)))
+            groups.setdefault(key, []).append(cpu)
+        for cpus in groups.values():
+            yield replace(entry, cpus=format_list(cpus))
 
 
 def _mask(outcomes: rec.Masks, name: str) -> int:
@@ -161,20 +139,19 @@ def _mask(outcomes: rec.Masks, name: str) -> int:
     return int(getattr(seen, name))
 
 
-def _prediction_for(record: rec.Record, cpus: str, model: str) -> rec.PredictionEntry | None:
-    first = parse_list(cpus)[0]
-    for entry in record.predictions:
-        if entry.model == model and first in parse_list(entry.cpus):
-            return entry
-    return None
+def _prediction_for(record: rec.Record, cpu: int, model: str) -> rec.PredictionEntry | None:
+    entries = (entry for entry in record.predictions if entry.model == model)
+    return next((entry for entry in entries if cpu in _numbers(entry.cpus)), None)
 
 
-def _verdict_for(record: rec.Record, cpus: str, model: str) -> rec.VerdictEntry | None:
-    first = parse_list(cpus)[0]
-    for entry in record.verdicts:
-        if entry.model == model and first in parse_list(entry.cpus):
-            return entry
-    return None
+def _verdict_for(record: rec.Record, cpu: int, model: str) -> rec.VerdictEntry | None:
+    entries = (entry for entry in record.verdicts if entry.model == model)
+    return next((entry for entry in entries if cpu in _numbers(entry.cpus)), None)
+
+
+@lru_cache(maxsize=256)
+def _numbers(cpus: str) -> frozenset[int]:
+    return frozenset(parse_list(cpus))
 
 
 def _cpus(text: str) -> str:
@@ -182,23 +159,19 @@ def _cpus(text: str) -> str:
 
 
 def _mask_line(label: str, word: str, mask: int) -> str:
-    return f"{label:<{_LABEL}}{word:<11}{hex64(mask)}  bits {_short_bits(mask)}"
+    return f"{label:<{LABEL}}{word:<11}{hex64(mask)}  bits {_short_bits(mask)}"
 
 
 def _short_bits(mask: int) -> str:
     text = format_bits(mask)
-    room = WIDTH - _LABEL - 11 - 18 - 7
-    return (
-        text
-        if len(text) <= room
-        else f"{mask.bit_count() if hasattr(mask, 'bit_count') else bin(mask).count('1')} of 64"
-    )
+    room = WIDTH - LABEL - 11 - 18 - 7
+    return text if len(text) <= room else f"{bin(mask).count('1')} of 64"
 
 
 def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     """Predicted and observed masks one under the other."""
     lines = [f"{_cpus(entry.cpus)}, model {record.judge}"]
-    prediction = _prediction_for(record, entry.cpus, record.judge)
+    prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
     label = "predicted"
     if prediction is not None:
         for word in Effect:
@@ -207,7 +180,7 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
                 lines.append(_mask_line(label, word.value, mask))
                 label = ""
         if not prediction.exists:
-            lines.append(f"{'':<{_LABEL}}(no such register, by this CPUID)")
+            lines.append(f"{'':<{LABEL}}(no such register, by this CPUID)")
     label = "observed"
     for outcome in Outcome:
         mask = _mask(entry.outcomes, outcome.value)
@@ -215,30 +188,31 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
             lines.append(_mask_line(label, outcome.value, mask))
             label = ""
     if entry.absent_because:
-        lines += _field("", f"absent because: {entry.absent_because}")
+        lines += field("", f"absent because: {entry.absent_because}")
     for group in record.saved:
-        if set(parse_list(group.cpus)) & set(parse_list(entry.cpus)):
-            which = "" if len(record.saved) == 1 else f" ({_cpus(group.cpus)})"
-            lines.append(f"{'held first':<{_LABEL}}{'':<11}{group.value}{which}")
+        if _numbers(group.cpus) & _numbers(entry.cpus):
+            which = "" if len(record.saved) == 1 else f"  {_cpus(group.cpus)}"
+            lines += paragraph(f"{group.value}{which}", f"{'held first':<{LABEL + 11}}", " " * (LABEL + 11))
     combined = entry.combined
     if combined is not UNSET:
-        got = "took #GP" if combined.got is UNSET else f"read back {combined.got}"
-        lines.append(f"{'together':<{_LABEL}}{'wrote':<11}{combined.value}  {got}")
+        got = "took #GP" if combined.outcome == "fault" else str(combined.outcome)
+        if combined.got is not UNSET:
+            got = f"read back {combined.got}"
+        lines.append(f"{'together':<{LABEL}}{'wrote':<11}{combined.value}  {got}")
     if entry.pairs_tried:
         bad = f"{len(entry.bad_pairs)} took #GP" if entry.bad_pairs else "none took #GP"
-        lines.append(f"{'pairs':<{_LABEL}}{entry.pairs_tried} tried, {bad}")
+        lines.append(f"{'pairs':<{LABEL}}{entry.pairs_tried} tried, {bad}")
     if entry.cleared is not UNSET:
         cleared = rec.observation_of(entry.cleared)
-        lines.append(
-            f"{'cleared':<{_LABEL}}{'tried':<11}{hex64(cleared.tried)}  could be: {format_bits(cleared.retained)}"
-        )
+        could = cleared.retained | cleared.unstable
+        lines.append(f"{'cleared':<{LABEL}}{'tried':<11}{hex64(cleared.tried)}  could be: {format_bits(could)}")
     return lines
 
 
 def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     """A row per bit that is defined or disagrees; reserved bits that are alike share a row."""
-    prediction = _prediction_for(record, entry.cpus, record.judge)
-    verdict = _verdict_for(record, entry.cpus, record.judge)
+    prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
+    verdict = _verdict_for(record, parse_list(entry.cpus)[0], record.judge)
     if prediction is None or verdict is None:
         return []
     seen = rec.observation_of(entry.outcomes)
@@ -267,12 +241,18 @@ def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
         else:
             reserved.setdefault(columns, []).append(bit)
     rows += [(format_list(bits), "reserved", *columns) for columns, bits in reserved.items()]
-    return [_row("bit", "name", "predicted", "observed", "verdict"), *(_row(*row) for row in rows)]
+    lines = _row("bit", "name", "predicted", "observed", "verdict")
+    for row in rows:
+        lines += _row(*row)
+    return lines
 
 
-def _row(bit: str, name: str, predicted: str, observed: str, verdict: str) -> str:
+def _row(bit: str, name: str, predicted: str, observed: str, verdict: str) -> list[str]:
     flag = "*" if verdict.startswith(("unexpected", "not retained")) else " "
-    return f"{flag}{bit:<8} {name:<14} {predicted:<10} {observed:<10} {verdict}"
+    rest = f"{name:<14} {predicted:<10} {observed:<10} {verdict}"
+    if len(bit) <= 8:
+        return [f"{flag}{bit:<8} {rest}"]
+    return [*paragraph(bit, flag, " "), " " * 10 + rest]
 
 
 def _word_of(bit: int, masks: Sequence[tuple[str, int]]) -> str:
@@ -301,44 +281,35 @@ def _models(record: rec.Record) -> list[str]:
         verdicts = [
             entry
             for entry in record.verdicts
-            if entry.model == prediction.model and set(parse_list(entry.cpus)) & set(parse_list(prediction.cpus))
+            if entry.model == prediction.model and _numbers(entry.cpus) & _numbers(prediction.cpus)
         ]
         wrong = 0
         for entry in verdicts:
             for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
                 wrong |= parse_hex64(getattr(entry, name))
         text = "-" if not verdicts else SPEC_CTRL.describe(wrong)
-        lines += textwrap.wrap(
-            f"{text}{cpus}",
-            WIDTH,
-            initial_indent=f"{prediction.model:<17}{prediction.accepts:<20}",
-            subsequent_indent=" " * 37,
-            break_on_hyphens=False,
-        )
-        lines += textwrap.wrap(
-            _clean(prediction.title),
-            WIDTH,
-            initial_indent="  ",
-            subsequent_indent="  ",
-            break_on_hyphens=False,
-        )
+        lines += paragraph(f"{text}{cpus}", f"{clean(prediction.model)[:16]:<17}{prediction.accepts:<20}", " " * 37)
+        lines += paragraph(prediction.title, "  ", "  ")
     return lines
 
 
 def _covers_all(record: rec.Record, cpus: str) -> bool:
     walked = record.walk.cpus if record.walk is not UNSET else record.machine.online
-    return set(parse_list(cpus)) >= set(parse_list(walked))
+    return _numbers(cpus) >= _numbers(walked)
+
+
+_RESTORE_WORDS = {"verified": "verified by reading", "left": "left to the kernel", "failed": "NOT PUT BACK"}
 
 
 def _restore(record: rec.Record) -> list[str]:
     if record.walk is UNSET:
-        return _field("restored", "nothing was written, nothing to put back")
+        return field("restored", "nothing was written, nothing to put back")
     if not record.restore:
-        return _field("restored", "nothing was written: no register could be read")
+        return field("restored", "nothing was written: no register could be read")
     lines = []
     for entry in record.restore:
         reads = entry.reads if entry.reads is not UNSET else "unreadable"
-        word = "verified by reading" if entry.verified else "NOT VERIFIED"
+        word = _RESTORE_WORDS[entry.state]
         text = f"{_cpus(entry.cpus)}: held {entry.saved}, reads {reads}: {word}"
         lines.append(text + (f" ({entry.note})" if entry.note else ""))
-    return _wrap("restored", lines)
+    return fields("restored", lines)

@@ -25,9 +25,9 @@ def agent_walk(folder: Path) -> float:
         journal = Journal(folder, INDEX, saved, "bench")
         watchdog = Watchdog(msr, INDEX, saved, journal, pin)
 
-        def intent(step: str) -> None:
+        def intent(step: str, mask: int) -> None:
             assert watchdog.alive()
-            journal.intent(step)
+            journal.intent(step, mask)
 
         with Realtime():
             begin = time.monotonic()

@@ -92,7 +92,13 @@ def test_bit_major_order_over_cpus() -> None:
     msr = FakeMsr({0: FakeRegister(valid=0), 1: FakeRegister(valid=0)})
     steps: list[str] = []
     msr.before = lambda cpu, kind, count: order.append((cpu, kind))
-    Walk(msr, Plan(SPEC_CTRL, (0, 1), bits=(0, 1)), {0: 0, 1: 0}, pin_anywhere, intent=steps.append).run()
+    Walk(
+        msr,
+        Plan(SPEC_CTRL, (0, 1), bits=(0, 1)),
+        {0: 0, 1: 0},
+        pin_anywhere,
+        intent=lambda step, mask: steps.append(step),
+    ).run()
     assert [cpu for cpu, kind in order if kind == "write"] == [0, 1, 0, 1]
     assert steps == ["bit 0", "bit 1", "all accepted bits together"]
 
@@ -101,7 +107,7 @@ def test_intent_comes_before_the_first_write_of_its_bit() -> None:
     log: list[str] = []
     register = FakeRegister(valid=0x1)
     msr = FakeMsr({0: register}, before=lambda cpu, kind, count: log.append(kind))
-    Walk(msr, Plan(SPEC_CTRL, (0,), bits=(0,)), {0: 0}, pin_anywhere, intent=lambda step: log.append(step)).run()
+    Walk(msr, Plan(SPEC_CTRL, (0,), bits=(0,)), {0: 0}, pin_anywhere, intent=lambda step, mask: log.append(step)).run()
     assert log[0] == "bit 0"
     assert log.count("bit 0") == 1
 
@@ -129,7 +135,7 @@ def test_a_cpu_that_was_offline_in_between_is_read_but_not_written_at_the_end() 
     register = FakeRegister(value=0x1)
     proof = put_back(FakeMsr({3: register}), SPEC_CTRL, {3: 0x5}, pin_anywhere, gone=(3,))
     assert register.writes == []
-    assert proof[0].verified
+    assert proof[0].state == "left"
     assert "offline" in proof[0].note
 
 
@@ -151,7 +157,7 @@ def test_pairs() -> None:
     assert result.bad_pairs == (0x5,)
 
 
-def test_repeat_makes_a_moody_bit_unstable() -> None:
+def test_repeat_finds_a_moody_bit_inconsistent_and_does_not_call_it_accepted() -> None:
     register = FakeRegister(valid=0x3)
     seen = []
 
@@ -162,7 +168,7 @@ def test_repeat_makes_a_moody_bit_unstable() -> None:
 
     (result,) = walk(FakeMsr({0: register}, before=mood), bits=(0, 1), repeat=6)
     assert result.observation.retained == 0x1
-    assert result.observation.unstable == 0x2
+    assert result.observation.fault == result.inconsistent == 0x2
 
 
 def test_a_bit_that_cannot_be_put_back_stops_everything_at_once() -> None:
@@ -174,7 +180,7 @@ def test_a_bit_that_cannot_be_put_back_stops_everything_at_once() -> None:
     assert not any(value & 0xC for value in register.writes), "nothing more may be tried"
     assert going.results()[0].observation.retained == 0x3
     (proof,) = put_back(FakeMsr({0: register}), SPEC_CTRL, {0: 0}, pin_anywhere)
-    assert not proof.verified
+    assert proof.failed
     assert proof.reads == 0x2
 
 
@@ -204,10 +210,10 @@ def test_put_back_writes_only_what_is_wrong_and_proves_it() -> None:
     proof = put_back(FakeMsr({0: right, 1: wrong, 2: gone}), SPEC_CTRL, {0: 0x1, 1: 0x1, 2: 0x1}, pin_anywhere)
     assert right.writes == []
     assert wrong.writes == [0x1]
-    assert [item.verified for item in proof] == [True, True, True]
+    assert [item.state for item in proof] == ["verified", "verified", "left"]
 
 
 def test_a_register_that_cannot_be_read_at_the_end_is_not_verified() -> None:
     (proof,) = put_back(FakeMsr({0: FakeRegister(absent=True)}), SPEC_CTRL, {0: 0}, pin_anywhere)
-    assert not proof.verified
+    assert proof.failed
     assert proof.reads is None
