@@ -37,7 +37,10 @@ from probe.verdict import (
 
 @dataclass
 class Seen:
-    """All that a run saw. results are empty and written is False if it only planned; duration is in seconds."""
+    """All that a run saw. results are empty and written is False if it only planned; duration is in seconds.
+
+    stopped says why the walk ended early, "" if it did not; new_vms are VMs that were started meanwhile.
+    """
 
     facts: Facts
     cpuid: MachineCpuid
@@ -46,6 +49,8 @@ class Seen:
     results: list[CpuResult] = field(default_factory=list)
     proof: list[Restored] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stopped: str = ""
+    new_vms: tuple[tuple[int, str], ...] = ()
     taint_after: int | None = None
     modules_loaded: list[str] = field(default_factory=list)
     duration: float = 0.0
@@ -178,6 +183,11 @@ def _notes(seen: Seen, cpuid_file: Dump | None) -> list[str]:
             "the kernel uses legacy IBRS and rewrites the register on every entry: read-back means nothing, "
             "accepted is judged by the write alone"
         )
+    if any(result.observation.refused for result in seen.results):
+        notes.append(
+            "the kernel refused writes (EPERM): it is locked down and securityfs does not tell, or msr.allow_writes "
+            "was set to off meanwhile: cat /sys/kernel/security/lockdown /sys/module/msr/parameters/allow_writes"
+        )
     if seen.facts.lockdown == "unknown":
         notes.append("securityfs does not tell whether the kernel is locked down")
     return notes
@@ -206,11 +216,19 @@ def _findings(
             hypervisor=cpuid.cpus[min(cpuid.cpus)].under_hypervisor,
             recorded=recorded,
         )
-        found += findings_of_walk(result)
+        found += findings_of_walk(result, seen.plan.bits)
     found = merge_cpus([*found, *findings_of_restore(seen.proof)])
     found += [
         Finding("cpuid_differs", format_list(cpus), 0, text) for cpus, text in cpus_that_differ(group_equal(cpuid.cpus))
     ]
+    if seen.stopped:
+        found.append(
+            Finding("walk_stopped", format_list(seen.plan.cpus), 0, f"the walk stopped at once: {seen.stopped}")
+        )
+    if seen.new_vms:
+        who = ", ".join(f"{name} ({pid})" for pid, name in seen.new_vms)
+        text = f"KVM guests were started during the run and may have been entered with the probe's value: {who}"
+        found.append(Finding("vm_started", format_list(seen.plan.cpus), 0, text))
     return in_order([*found, *_cpus_differ(seen.results)])
 
 

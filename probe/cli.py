@@ -7,13 +7,18 @@ What a sub-command needs is imported inside it, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from probe.arguments import make_parser
 from probe.errors import ExitCode, ProbeError, RequirementMissing, UsageError
@@ -34,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProbeError as error:
         _say(f"spec-ctrl-probe: {error}")
         return int(error.exit_code)
-    except KeyboardInterrupt:
-        _say("spec-ctrl-probe: interrupted")
+    except KeyboardInterrupt as error:
+        _say(f"spec-ctrl-probe: interrupted{f' by {error}' if error.args else ''}")
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         raise
+    except OSError as error:
+        what = f"use {error.filename}" if error.filename else "write standard output"
+        _say(f"spec-ctrl-probe: cannot {what}: {error.strerror}")
+        return int(ExitCode.FAILED)
     except Exception as error:  # a status of 1 would mean findings
         _say(f"spec-ctrl-probe: internal error: {error!r}")
         return int(ExitCode.FAILED)
@@ -46,16 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Run as a program; a reader that has gone away (head, a closed terminal) is no error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open until the end)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows ? instead
             stream.reconfigure(errors="replace")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is open is closed, a guest of ours ends
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as error:  # argparse: --help, --version, a wrong argument
+            code = int(error.code or 0)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = int(ExitCode.AS_PREDICTED)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say(f"spec-ctrl-probe: cannot write standard output: {error.strerror}")
+        code = int(ExitCode.FAILED)
     sys.exit(code)
+
+
+def _interrupt(number: int, _: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _say(text: str) -> None:
@@ -94,6 +120,25 @@ class _Progress:
             self._on = False
 
 
+class _Waiting:
+    """One line on a terminal's stderr that counts the seconds while a guest runs; silent anywhere else."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+        self._told = -1
+
+    def __call__(self, seconds: float | None) -> None:
+        if not self._on or (seconds is not None and int(seconds) == self._told):
+            return
+        text = "\r\x1b[K"
+        if seconds is not None:
+            self._told = int(seconds)
+            text = f"\rthe guest runs: {self._told} s "
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
 # --- run -----------------------------------------------------------------------------------------------------------
 
 _MOST_GUEST_CPUS = 64
@@ -124,10 +169,26 @@ def _run(arguments: argparse.Namespace) -> int:
     from probe.models import registry
 
     registry.get(arguments.model)
+    _check_record_path(arguments.record)
     place, because = _choose_place(arguments)
     _say(f"place: {place} ({because})")
     record = _run_in_guest(arguments, because) if place == "guest" else _run_here(arguments, because)
     return _deliver(record, arguments)
+
+
+def _check_record_path(path: str | None) -> None:
+    """Find out before anything is measured that the record could not be written there."""
+    if path is None or path == "-":
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise UsageError(
+            f"cannot write the record to {path}: it is a folder", f"name a file: --record {path}/NAME.json"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"cannot write the record to {path}: no folder {folder}", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write the record to {path}: {folder} is not writable", "give another: --record PATH")
 
 
 def _choose_place(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -139,20 +200,39 @@ def _choose_place(arguments: argparse.Namespace) -> tuple[str, str]:
         if guest_only:
             raise UsageError(f"--{guest_only[0].replace('_', '-')} is for guests", "use --in guest")
         return "metal", "asked for with --in metal"
+    if arguments.write and (arguments.place == "guest" or guest_only):
+        raise UsageError("--write is for this machine's own registers; a guest needs no consent", "drop --write")
     if arguments.place == "guest":
         return "guest", "asked for with --in guest"
     if guest_only:
         return "guest", f"--{guest_only[0].replace('_', '-')} asks for a guest"
     there = bool(Host().msr_cpus())
     if not there and not Modules.available("msr"):
+        if arguments.write:
+            raise RequirementMissing(
+                "this kernel has no msr driver: no /dev/cpu/0/msr, and modprobe finds no msr module (CONFIG_X86_MSR)",
+                "boot a kernel that has it; or probe a guest: drop --write",
+            )
         return "guest", "this kernel has no msr driver: no /dev/cpu/0/msr, and modprobe finds no msr module"
     if not arguments.write:
-        return "guest", "without --write this machine's registers are not touched; to probe them: " + _metal_command()
+        return "guest", "without --write this machine's registers are not touched"
     return "metal", "the msr driver is there" if there else "the msr driver can be loaded"
 
 
-def _metal_command() -> str:
-    return ("" if os.geteuid() == 0 else "sudo ") + "spec-ctrl-probe run --write"
+def _program() -> str:
+    """Return what the user has to type to call this program again."""
+    name = sys.argv[0]
+    if "/" not in name:
+        return name if name == "spec-ctrl-probe" else "spec-ctrl-probe"
+    if name.endswith("__main__.py"):
+        return f"{shlex.quote(sys.executable)} -m probe"
+    return shlex.quote(name if shutil.which("spec-ctrl-probe") != name else "spec-ctrl-probe")
+
+
+def _metal_command(arguments: argparse.Namespace) -> str:
+    """Return the command that does on this machine's registers what was asked for."""
+    words = [word for word in arguments.argv if word != "--write"]
+    return f"{_program()} {shlex.join([*words, '--write'])}"
 
 
 def _dump(path: str | None) -> Dump | None:
@@ -169,7 +249,9 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
     from probe.run import Ears, Options, run
 
     if arguments.write and os.geteuid() != 0:
-        raise RequirementMissing("not root: the msr driver needs CAP_SYS_RAWIO", f"run it as: {_metal_command()}")
+        raise RequirementMissing(
+            "not root: the msr driver needs CAP_SYS_RAWIO", f"run it as root: {_metal_command(arguments)}"
+        )
     options = Options(
         write=arguments.write,
         cpus=arguments.cpus,
@@ -190,8 +272,16 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
     )
     record = run(options, Ears(say=_say, progress=_Progress()))
     if not arguments.write:
-        _say(f"nothing was written; to probe this machine's registers: {_metal_command()}")
+        _say(f"nothing was written; {_how_to_probe_the_metal(arguments)}")
     return record
+
+
+def _how_to_probe_the_metal(arguments: argparse.Namespace) -> str:
+    from probe.host import Host, Modules
+
+    if Host().msr_cpus() or Modules.available("msr"):
+        return f"to probe this machine's registers, as root: {_metal_command(arguments)}"
+    return "this machine's registers cannot be probed: its kernel has no msr driver (CONFIG_X86_MSR)"
 
 
 def _run_in_guest(arguments: argparse.Namespace, because: str) -> rec.Record:
@@ -216,9 +306,12 @@ def _run_in_guest(arguments: argparse.Namespace, because: str) -> rec.Record:
             cpuid=dump,
             register_model=arguments.model_register,
             because=because,
+            waiting=_Waiting(),
         ),
         _say,
     )
+    if "--model-register" not in arguments.argv and not arguments.kernel:
+        _say(f"this was a guest's register; {_how_to_probe_the_metal(arguments)}")
     record.tool.arguments = without_paths(arguments.argv)
     return record
 
@@ -266,12 +359,12 @@ def exit_code(record: rec.Record) -> int:
     """Return what a run's record means for a script."""
     from probe.report import text
 
-    if any(entry.state == "failed" for entry in record.restore):
+    if any(entry.state != "verified" for entry in record.restore):
         return int(ExitCode.NOT_RESTORED)
-    if record.findings:
-        return int(ExitCode.FINDINGS)
     if not text.measured_anything(record):
         return int(ExitCode.REQUIREMENT_MISSING)
+    if record.findings:
+        return int(ExitCode.FINDINGS)
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -301,7 +394,8 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from kernel_harness.boot.guest import requirements
+    from kernel_harness.boot.cache import default_cache
+    from kernel_harness.boot.guest import remembered_accelerator, requirements
     from kernel_harness.boot.kernels import default_spec
     from probe.cpuid.machine import read_machine
     from probe.doctor import examine, look_around, ready_for
@@ -313,7 +407,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         kernel = default_spec()
     except RequirementMissing:
         kernel = ""
-    around = look_around(host.msr_cpus(), Modules.available("msr"), requirements(), kernel)
+    around = look_around(
+        host.msr_cpus(), Modules.available("msr"), requirements(), kernel, remembered_accelerator(default_cache())
+    )
     checks = examine(facts, around, read_machine(facts.online).cpus)
     if arguments.json:
         import json
@@ -337,7 +433,7 @@ def _print_checks(checks: Sequence[Check]) -> None:
         for line in lines[1:]:
             print(f"{'':<22}{line}")
         if check.remedy and check.state != "ok":
-            print(f"{'':<22}-> {check.remedy}")
+            print(f"{'':<22}-> {check.remedy.replace('spec-ctrl-probe', _program())}")
 
 
 def _restore(arguments: argparse.Namespace) -> int:
@@ -349,13 +445,18 @@ def _restore(arguments: argparse.Namespace) -> int:
 
     if os.geteuid() != 0:
         raise RequirementMissing(
-            "not root: the journal and the msr driver need it", "run it as: sudo spec-ctrl-probe restore"
+            "not root: the journal and the msr driver need it", f"run it as root: {_program()} restore"
         )
     state_dir = Path(arguments.state_dir) if arguments.state_dir else STATE_DIR
+    if not state_dir.is_dir():
+        if arguments.state_dir:
+            raise UsageError(f"no folder {state_dir}", "give the --state-dir of the run that died")
+        print(f"no journal: no run on this machine has ever used {state_dir}")
+        return int(ExitCode.AS_PREDICTED)
     with Lock(state_dir), Modules() as modules:
         leftover = read_leftover(state_dir)
         if leftover is None:
-            print(f"no journal in {state_dir}: no run was killed, nothing to put back")
+            print(f"no journal in {state_dir}: nothing to put back")
             return int(ExitCode.AS_PREDICTED)
         boot_id = Host().boot_id()
         same_boot = bool(boot_id) and leftover.boot_id == boot_id
@@ -364,8 +465,9 @@ def _restore(arguments: argparse.Namespace) -> int:
         with MsrDriver(writable=True) as msr, CpuPin() as pin, StopRequest():
             if same_boot:
                 msr.claim(leftover.saved)
-            settle(leftover, msr, pin, boot_id, _tell)
-    return int(ExitCode.AS_PREDICTED)
+            proof = settle(leftover, msr, pin, boot_id, _tell)
+    unproved = any(item.state != item.VERIFIED for item in proof)
+    return int(ExitCode.NOT_RESTORED if unproved else ExitCode.AS_PREDICTED)
 
 
 def _show(arguments: argparse.Namespace) -> int:

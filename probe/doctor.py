@@ -47,10 +47,15 @@ class Surroundings:
     kvm: str  # "" if /dev/kvm can be opened, else why not
     programs: tuple[Program, ...]  # what booting a guest needs
     guest_kernel: str  # the kernel that a guest would boot, "" if there is none
+    accelerator: tuple[str, str] | None = None  # "kvm" or "tcg" and why, if that was tried since the host booted
 
 
 def look_around(
-    msr_nodes: tuple[int, ...], msr_loadable: bool, programs: Iterable[Program], guest_kernel: str
+    msr_nodes: tuple[int, ...],
+    msr_loadable: bool,
+    programs: Iterable[Program],
+    guest_kernel: str,
+    accelerator: tuple[str, str] | None = None,
 ) -> Surroundings:
     """Look at devices (edge; changes nothing); the caller has looked for drivers, programs and kernels."""
     kvm = ""
@@ -66,6 +71,7 @@ def look_around(
         kvm=kvm,
         programs=tuple(programs),
         guest_kernel=guest_kernel,
+        accelerator=accelerator,
     )
 
 
@@ -122,7 +128,9 @@ def _allow_writes(facts: Facts) -> Check:
     if facts.allow_writes == "off":
         remedy = "echo default > /sys/module/msr/parameters/allow_writes"
         return Check("allow_writes", "no", "msr.allow_writes=off: MSR writes are refused", "metal", remedy)
-    return Check("allow_writes", "ok", facts.allow_writes or "not set (module not loaded, or before v5.9)", "metal")
+    return Check(
+        "allow_writes", "ok", facts.allow_writes or "not set (the module is not loaded, or older than v5.9)", "metal"
+    )
 
 
 def _taint(facts: Facts) -> Check:
@@ -139,6 +147,12 @@ def _vms(facts: Facts, around: Surroundings) -> Check:
         return Check(
             "running VMs", "no", f"{who}: vCPUs may run on any CPU", "metal", "stop them, or --allow-running-vms"
         )
+    if facts.pid_namespace:
+        text = "in a container: who ends it kills the watchdog with it, and VMs outside are not seen"
+        return Check("running VMs", "no", text, "metal", "run it on the host, or --allow-container")
+    if facts.kvm_users:
+        text = "something that cannot be seen from here has KVM open"
+        return Check("running VMs", "no", text, "metal", "lsof /dev/kvm; stop it, or --allow-running-vms")
     if not around.root:
         return Check(
             "running VMs", "unknown", "other users' processes cannot be seen without root", "metal", "use sudo"
@@ -163,7 +177,15 @@ def _readback(facts: Facts) -> Check:
     return Check("read-back", "ok", facts.mitigations.get("spectre_v2", "spectre_v2 unknown"))
 
 
+_KVM_CURES = {"Permission denied": "run it as root, or as a member of the device's group (usually kvm)"}
+
+
 def _kvm(around: Surroundings) -> Check:
+    if not around.kvm and around.accelerator is not None:
+        accelerator, because = around.accelerator
+        if accelerator == "kvm":
+            return Check("KVM", "ok", because)
+        return Check("KVM", "note", f"/dev/kvm opens, but {because}: guests run emulated (TCG)")
     if not around.kvm:
         return Check("KVM", "ok", "/dev/kvm opens; whether a Linux guest boots is tried when one is needed")
     return Check(
@@ -171,7 +193,7 @@ def _kvm(around: Surroundings) -> Check:
         "note",
         f"/dev/kvm: {around.kvm}; guests run emulated (TCG)",
         "",
-        "modprobe kvm_intel || modprobe kvm_amd",
+        _KVM_CURES.get(around.kvm, "modprobe kvm_intel || modprobe kvm_amd"),
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from errno import errorcode
 
 
 class ExitCode(IntEnum):
@@ -53,7 +54,12 @@ class DeviceError(ProbeError):
 
 
 class KvmError(ProbeError):
-    """A KVM ioctl failed: names the ioctl and the errno."""
+    """A KVM ioctl failed in a way that is no answer."""
+
+    def __init__(self, ioctl: str, error: OSError, remedy: str = "") -> None:
+        super().__init__(f"{ioctl} failed: {error.strerror} ({errorcode.get(error.errno or 0, error.errno)})", remedy)
+        self.ioctl = ioctl
+        self.errno = error.errno or 0
 
 
 class GuestLost(ProbeError):

@@ -4,7 +4,9 @@
 The journal is a file of JSON lines, each fsync'd before the write that it announces:
     {"ev": "saved", "boot_id": ..., "pid": ..., "started": ..., "msr": "0x48", "saved": [["0-3", "0x..."], ...]}
     {"ev": "intent", "step": "bit 3", "mask": "0x0000000000000008"}
-    {"ev": "restored", "by": "agent" | "watchdog" | "restore command", "verified": "0-3", "failed": "", "at": ...}
+    {"ev": "rebased", "cpu": 3, "value": "0x..."}   what this register is to be put back to from now on
+    {"ev": "restored", "by": "agent" | "watchdog" | "restore command", "verified": "0-2", "left": "3", "failed": "",
+     "at": ...}
 It is deleted when the agent itself has put everything back, and kept otherwise, so that the next run can tell what
 happened.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import ProbeError, RecordError, RequirementMissing
-from probe.masks import format_list, grouped, hex64, parse_hex64, parse_list
+from probe.masks import ALL_BITS, format_list, grouped, hex64, parse_hex64, parse_list
 from probe.msr import MsrAccess
 from probe.outcome import Restored
 from probe.registers import SPEC_CTRL
@@ -67,8 +69,9 @@ class Lock:
             _make_private(self._path.parent)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            cure = "give another folder: --state-dir DIR" if os.geteuid() == 0 else "run it as root"
             raise RequirementMissing(
-                f"cannot write {self._path}: {error.strerror}", "needs root, or another folder: --state-dir DIR"
+                f"cannot use {self._path.parent} as state directory: {error.strerror}", cure
             ) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,8 +96,8 @@ class Leftover:
     """What an earlier run left: it ended without putting the registers back itself.
 
     saved maps CPU to the 64-bit value; step is the last announced step ("" if none) and mask the bits that it may
-    have changed; restored_by names the process that put the registers back since ("" if nobody), failed the CPUs
-    where that could not be verified.
+    have changed; restored_by names the process that put the registers back since ("" if nobody), left and failed the
+    CPUs where that could not be verified (see Restored).
     """
 
     path: Path
@@ -107,15 +110,18 @@ class Leftover:
     mask: int
     restored_by: str
     failed: tuple[int, ...]
+    left: tuple[int, ...] = ()
 
     def tell(self, same_boot: bool) -> str:
         """Say in one line what happened."""
         where = f"died at {self.step!r}" if self.step else "died before its first write"
         text = f"the run of {self.started} (process {self.pid}) {where}"
-        if self.restored_by and not self.failed:
-            return f"{text}; the {self.restored_by} put every register back, verified"
-        if self.restored_by:
+        if self.restored_by and self.failed:
             return f"{text}; the {self.restored_by} could not put back CPUs {format_list(self.failed)}"
+        if self.restored_by and self.left:
+            return f"{text}; the {self.restored_by} could not verify CPUs {format_list(self.left)}"
+        if self.restored_by:
+            return f"{text}; the {self.restored_by} put every register back, verified"
         if not self.saved:
             return f"{text}: nothing to put back"
         if not same_boot:
@@ -151,9 +157,10 @@ def read_leftover(state_dir: Path) -> Leftover | None:
         saved = {cpu: parse_hex64(value) for cpus, value in head["saved"] for cpu in parse_list(cpus)}
         if int(head["msr"], 16) != SPEC_CTRL.index:
             raise ValueError(f"it is about MSR {head['msr']}")
+        saved.update({int(event["cpu"]): parse_hex64(event["value"]) for event in events if event["ev"] == "rebased"})
         steps = [(event["step"], parse_hex64(event["mask"])) for event in events if event["ev"] == "intent"]
         ends = [event for event in events if event["ev"] == "restored"]
-        failed = parse_list(ends[-1]["failed"]) if ends and ends[-1]["failed"] else ()
+        failed, left = (parse_list(ends[-1][name]) if ends and ends[-1][name] else () for name in ("failed", "left"))
         return Leftover(
             path=path,
             boot_id=head["boot_id"],
@@ -165,6 +172,7 @@ def read_leftover(state_dir: Path) -> Leftover | None:
             mask=steps[-1][1] if steps else 0,
             restored_by=ends[-1]["by"] if ends else "",
             failed=failed,
+            left=left,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(path, error) from error
@@ -228,9 +236,24 @@ class Journal:
         except OSError as error:
             raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
 
+    def rebased(self, cpu: int, value: int) -> None:
+        """Put on disk what a register is to be put back to from now on; return only when it is there."""
+        try:
+            self._append(json.dumps({"ev": "rebased", "cpu": cpu, "value": hex64(value)}).encode())
+        except OSError as error:
+            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
+
     def restored(self, by: str, proof: Sequence[Restored]) -> None:
         """Note that the registers were put back, and by whom."""
         self._append(json.dumps(restored_event(by, proof)).encode())
+
+    def saved_now(self, saved: Mapping[int, int]) -> Mapping[int, int]:
+        """Return the saved values with what was rebased since, from disk; those given if the disk does not answer."""
+        try:
+            leftover = read_leftover(self.path.parent)
+        except ProbeError:
+            return saved
+        return leftover.saved if leftover is not None and leftover.saved else saved
 
     def close(self, *, keep: bool) -> None:
         """Close the file; delete it unless something in it must still be told."""
@@ -245,7 +268,8 @@ def restored_event(by: str, proof: Sequence[Restored]) -> dict[str, object]:
     return {
         "ev": "restored",
         "by": by,
-        "verified": format_list(item.cpu for item in proof if not item.failed),
+        "verified": format_list(item.cpu for item in proof if item.state == Restored.VERIFIED),
+        "left": format_list(item.cpu for item in proof if item.state == Restored.LEFT),
         "failed": format_list(item.cpu for item in proof if item.failed),
         "at": now(),
     }
@@ -255,9 +279,16 @@ def replay(leftover: Leftover, msr: MsrAccess, pin: Pin) -> list[Restored]:
     """Put back what a killed run left, and note it in its journal. Only for the boot that the journal is of.
 
     Only the bits of the step that was announced last can have been left changed, for each trial ends with its restore;
-    what differs otherwise the kernel has changed since.
+    what differs otherwise the kernel may have changed since, and is left alone. Where somebody has tried before and
+    failed, what differs is the probe's doing.
     """
-    proof = put_back(msr, leftover.msr, leftover.saved, pin, ours=leftover.mask)
+    proof = put_back(
+        msr,
+        leftover.msr,
+        leftover.saved,
+        pin,
+        ours=lambda cpu: ALL_BITS if cpu in leftover.failed else leftover.mask,
+    )
     with contextlib.suppress(OSError):  # a full disk must not cost the registers
         fd = os.open(leftover.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -319,7 +350,7 @@ class Watchdog:
         os.close(ready)
         if os.read(wait_end, 1) == b"":
             with Realtime():
-                proof = put_back(msr, index, saved, pin)
+                proof = put_back(msr, index, journal.saved_now(saved), pin)
             with contextlib.suppress(OSError):
                 journal.restored("watchdog", proof)
             os._exit(5 if any(item.failed for item in proof) else 0)

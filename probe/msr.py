@@ -22,13 +22,14 @@ class Failure(Enum):
     """What a register access gave instead of a value: data, not an error.
 
     FAULT: the instruction took #GP (EIO). OFFLINE: the CPU is not there any more (ENXIO). REFUSED: the kernel would
-    not try (EPERM: lockdown or msr.allow_writes=off).
+    not try (EPERM: lockdown or msr.allow_writes=off). UNSTEADY: no two readings in a row are the same.
     Source: linux v7.1 arch/x86/kernel/msr.c, msr_read(), msr_write(), filter_write().
     """
 
     FAULT = "fault"
     OFFLINE = "offline"
     REFUSED = "refused"
+    UNSTEADY = "unsteady"
 
 
 _FAILURES = {

@@ -76,7 +76,8 @@ class CpuResult:
     says which.
     cleared holds the trials of clearing bits that were set (--clear-bits). bad_pairs are the masks of two bits that
     are accepted alone and fault together. inconsistent is the mask of bits that faulted in one walk and were accepted
-    in another (--repeat); they count as fault.
+    in another (--repeat); they count as fault. moved is the mask of bits that something else changed during the walk;
+    base_refused: the value that the register held took #GP when it was written back unchanged, so nothing was tried.
     """
 
     cpu: int
@@ -89,14 +90,16 @@ class CpuResult:
     absent_because: str = ""
     no_register: bool = False
     inconsistent: int = 0
+    moved: int = 0
+    base_refused: bool = False
 
 
 @dataclass(frozen=True)
 class Restored:
     """Proof of restore for one CPU: what the register held first, and what it reads at the end (None: not readable).
 
-    state is VERIFIED (what we may have changed reads as it was first; note names bits that others changed), LEFT (the
-    CPU is or was offline: nothing was written, the kernel sets it up when it comes back), or FAILED.
+    state is VERIFIED (it reads saved), LEFT (not verified, and not ours to write: the CPU is or was offline and the
+    kernel sets it up, or bits differ that the interrupted step did not touch; note says which), or FAILED.
     """
 
     cpu: int

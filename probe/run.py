@@ -19,7 +19,7 @@ from probe.cpuid.machine import MachineCpuid, read_machine
 from probe.errors import NotRestored, ProbeError, RequirementMissing, UsageError
 from probe.host import Host, Modules, bad_microcode, has_erratum_1485
 from probe.journal import STATE_DIR, Journal, Leftover, Lock, Watchdog, file_away, now, read_leftover, replay
-from probe.masks import format_bits, format_list, grouped, hex64
+from probe.masks import ALL_BITS, format_bits, format_list, grouped, hex64
 from probe.msr import Failure, MsrAccess, MsrDriver
 from probe.outcome import CpuResult, Restored
 from probe.record import Record
@@ -113,13 +113,10 @@ def run(
             with contextlib.ExitStack() as stack:
                 if msr is None:
                     driver = stack.enter_context(MsrDriver(writable=True))
-                    _walk(options, ears, driver, seen, stack.enter_context(CpuPin()), driver.claim)
+                    _walk(options, ears, driver, seen, stack.enter_context(CpuPin()), host, driver.claim)
                 else:
-                    _walk(options, ears, msr, seen, pin or stack.enter_context(CpuPin()))
-            if set(host.vms()) - set(facts.vms):
-                seen.notes.append(
-                    "a KVM guest was started during the run; it may have been entered with the probe's value"
-                )
+                    _walk(options, ears, msr, seen, pin or stack.enter_context(CpuPin()), host)
+            seen.new_vms = tuple(sorted(set(host.vms()) - set(facts.vms)))
         seen.taint_after = host.taint()
         seen.modules_loaded = list(modules.loaded)
     seen.duration = time.monotonic() - clock
@@ -165,22 +162,29 @@ def refuse(options: Options, seen: Seen, host: Host) -> None:
             "this process is in a container: who ends the container kills the watchdog with it, and VMs are not seen",
             "run it on the host; or, if nobody will: --allow-container",
         )
-    if not facts.vms and facts.kvm_users and not options.allow_running_vms:
-        raise RequirementMissing(
-            "something has KVM open that cannot be seen from here; KVM would enter a guest with the probe's value",
-            "find it with: lsof /dev/kvm; or, if no vCPU runs on these CPUs: --allow-running-vms",
-        )
-    if facts.vms and not options.allow_running_vms:
-        who = ", ".join(f"{name} ({pid})" for pid, name in facts.vms[:3])
-        more = f" and {len(facts.vms) - 3} more" if len(facts.vms) > 3 else ""
-        raise RequirementMissing(
-            f"virtual machines are running: {who}{more}; KVM would enter a guest with the probe's value",
-            "stop them; or, if you know that none of their vCPUs runs on these CPUs: --allow-running-vms",
-        )
+    refuse_vms(options, facts.vms, facts.kvm_users)
     for cpu in seen.plan.cpus:
         why = bad_microcode(seen.cpuid.cpus[cpu], facts.microcode.get(cpu))
         if why and not options.allow_bad_microcode:
             raise RequirementMissing(f"CPU {cpu}: {why}", "update the microcode; or --allow-bad-microcode")
+
+
+def refuse_vms(options: Options, vms: Sequence[tuple[int, str]], kvm_users: int) -> None:
+    """Raise RequirementMissing if a VM runs, or if something that cannot be seen from here has KVM open."""
+    if options.allow_running_vms:
+        return
+    if vms:
+        who = ", ".join(f"{name} ({pid})" for pid, name in vms[:3])
+        more = f" and {len(vms) - 3} more" if len(vms) > 3 else ""
+        raise RequirementMissing(
+            f"virtual machines are running: {who}{more}; KVM would enter a guest with the probe's value",
+            "stop them; or, if you know that none of their vCPUs runs on these CPUs: --allow-running-vms",
+        )
+    if kvm_users:
+        raise RequirementMissing(
+            "something has KVM open that cannot be seen from here; KVM would enter a guest with the probe's value",
+            "find it with: lsof /dev/kvm; or, if no vCPU runs on these CPUs: --allow-running-vms",
+        )
 
 
 def _walk(
@@ -189,6 +193,7 @@ def _walk(
     msr: MsrAccess,
     seen: Seen,
     pin: Pin,
+    host: Host,
     claim: Callable[[Iterable[int]], None] = lambda cpus: None,
 ) -> None:
     """Do the whole walk under the lock; its results and the proof of restore go into seen."""
@@ -210,12 +215,13 @@ def _walk(
                 )
             read = read_saved(msr, plan.index, plan.cpus, pin)
             saved = {cpu: value for cpu, value in read.items() if not isinstance(value, Failure)}
+            refuse_vms(options, host.vms(), host.kvm_users())  # what has begun since the facts were read
             _check_clearing(options, msr, saved, seen)
             unread = [not_walked(cpu, value, plan.bits) for cpu, value in read.items() if isinstance(value, Failure)]
             seen.results = unread
             if saved:
                 ears.say(TAINT_WARNING)
-                results, seen.proof = _walk_saved(options, ears, msr, saved, seen, pin, stop)
+                results, seen.proof = _walk_saved(options, ears, msr, saved, seen, pin, stop, host)
                 seen.results = sorted(unread + results, key=lambda result: result.cpu)
 
 
@@ -227,6 +233,7 @@ def _walk_saved(
     seen: Seen,
     pin: Pin,
     stop: StopRequest,
+    host: Host,
 ) -> tuple[list[CpuResult], list[Restored]]:
     """Walk over registers whose values are known; put them back whatever happens, and only then let errors out."""
     plan = seen.plan
@@ -239,10 +246,15 @@ def _walk_saved(
 
     def intent(step: str, mask: int) -> None:
         if not watchdog.alive():
-            raise ProbeError("the watchdog process has died or was stopped; the walk stops here")
+            raise ProbeError("the watchdog process has died or was stopped; the walk stops here", "run it again")
+        if not options.allow_running_vms and host.kvm_users() > seen.facts.kvm_users:
+            raise RequirementMissing(
+                "somebody has opened KVM during the walk; a guest would be entered with the probe's value",
+                "run it again when no VM is running",
+            )
         journal.intent(step, mask)
 
-    walk = Walk(msr, plan, saved, pin, intent=intent, stopping=stop, progress=ears.progress)
+    walk = Walk(msr, plan, saved, pin, intent=intent, rebased=journal.rebased, stopping=stop, progress=ears.progress)
     ended_by: BaseException | None = None
     try:
         with Realtime() as realtime:
@@ -251,7 +263,8 @@ def _walk_saved(
             walk.run()
     except BaseException as error:  # whatever it is, the registers come first
         ended_by = error
-    proof = put_back(msr, plan.index, saved, pin, walk.gone)  # if this raises, the watchdog does it when we are gone
+    ours = (lambda cpu: ALL_BITS) if isinstance(ended_by, NotRestored) else walk.ours
+    proof = put_back(msr, plan.index, walk.saved, pin, walk.gone, ours)  # if this raises, the watchdog will do it
     failed = [item.cpu for item in proof if item.failed]
     with contextlib.suppress(OSError):  # a full disk: what is proved need not be written down
         journal.restored("agent", proof)
@@ -259,14 +272,20 @@ def _walk_saved(
         journal.close(keep=bool(failed))  # before the watchdog goes: killed in between, nobody would end the journal
     watchdog.dismiss()
     if isinstance(ended_by, NotRestored):
-        seen.notes.append(f"the walk stopped at once: {ended_by.message}")
+        seen.stopped = ended_by.message
     elif ended_by is not None:
         if failed:
             raise NotRestored(f"the registers of CPUs {format_list(failed)} could not be put back") from ended_by
         if isinstance(ended_by, ProbeError):
-            ended_by.message += f"; {len(proof)} registers put back and verified, no record written"
+            ended_by.message += f"; {_told(proof)}, no record written"
         raise ended_by
     return walk.results(), proof
+
+
+def _told(proof: Sequence[Restored]) -> str:
+    verified = sum(item.state == Restored.VERIFIED for item in proof)
+    left = format_list(item.cpu for item in proof if item.state == Restored.LEFT)
+    return f"{verified} registers put back and verified" + (f", CPUs {left} not verified" if left else "")
 
 
 def settle(leftover: Leftover, msr: MsrAccess, pin: Pin, boot_id: str, say: Callable[[str], None]) -> list[Restored]:
@@ -286,14 +305,12 @@ def settle(leftover: Leftover, msr: MsrAccess, pin: Pin, boot_id: str, say: Call
                 "a reboot sets them up anew",
             )
         back = {item.cpu: item.saved for item in proof if item.state == Restored.VERIFIED}
-        left = [item.cpu for item in proof if item.state == Restored.LEFT]
         if back:
             say("put back and verified: " + ", ".join(f"CPUs {cpus}: {hex64(value)}" for cpus, value in grouped(back)))
-        if left:
-            say(f"CPUs {format_list(left)} are offline: left to the kernel, which sets them up when they come back")
         for item in proof:
-            if item.note and item.state == Restored.VERIFIED:
-                say(f"CPU {item.cpu}: {item.note}")
+            if item.state == Restored.LEFT:
+                reads = "" if item.reads is None else f", reads {hex64(item.reads)}"
+                say(f"not verified: CPU {item.cpu}: held {hex64(item.saved)}{reads}: {item.note}")
     else:
         say(f"found a journal: {leftover.tell(same_boot)}")
     file_away(leftover)

@@ -17,6 +17,7 @@ from probe.msr import Failure, MsrAccess
 from probe.outcome import Combined, CpuResult, Observation, Outcome, Restored
 
 READ_BACK_TRIES = 3
+STEADY_READS, MOST_READS = 3, 12  # what a register holds first is what it reads this often in a row
 
 
 class Pin(Protocol):
@@ -49,8 +50,10 @@ class Plan:
 @dataclass
 class _CpuState:
     cpu: int
+    first: int
     saved: int
     gone: bool = False
+    left_out: str = ""
     dirty: bool = False
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     cleared: dict[int, Outcome] = field(default_factory=dict)
@@ -58,15 +61,32 @@ class _CpuState:
     pairs_tried: int = 0
     bad_pairs: list[int] = field(default_factory=list)
     inconsistent: int = 0
+    moved: int = 0
+    base_refused: bool = False
 
 
 def read_saved(msr: MsrAccess, index: int, cpus: Iterable[int], pin: Pin) -> dict[int, int | Failure]:
-    """Read the register on every CPU, before anything is written."""
+    """Read the register on every CPU, before anything is written; Failure.UNSTEADY if it does not hold still.
+
+    One stray sample must not become the value that everything is put back to.
+    """
     saved: dict[int, int | Failure] = {}
     for cpu in cpus:
         pin(cpu)
-        saved[cpu] = msr.read(cpu, index)
+        saved[cpu] = _steady(msr, index, cpu)
     return saved
+
+
+def _steady(msr: MsrAccess, index: int, cpu: int) -> int | Failure:
+    last: int | Failure = msr.read(cpu, index)
+    same = 1
+    for _ in range(MOST_READS):
+        if isinstance(last, Failure) or same == STEADY_READS:
+            return last
+        now = msr.read(cpu, index)
+        same = same + 1 if now == last else 1
+        last = now
+    return Failure.UNSTEADY
 
 
 def put_back(
@@ -75,21 +95,21 @@ def put_back(
     saved: Mapping[int, int],
     pin: Pin,
     gone: Iterable[int] = (),
-    ours: int = ALL_BITS,
+    ours: Callable[[int], int] = lambda cpu: ALL_BITS,
 ) -> list[Restored]:
     """Bring every register to its saved value and prove it by reading; one CPU that fails costs no other.
 
-    ours masks the bits that the probe may have changed; others that differ are left to who changed them, and noted. A
-    register in which all of ours read right is not written. Each is read on its own CPU, as the saved value was: seen
-    from another CPU it may hold what the task that runs there asked for (SSBD, STIBP), so where this process may not
-    run nothing is written. gone names CPUs that went offline on the way: the kernel sets their register up when they
-    come back, so they are read, never written.
+    ours gives for a CPU the mask of the bits that the probe may have changed; others that differ are left alone, and
+    the register counts as LEFT then. A register in which all of ours read right is not written. Each is read on its own
+    CPU, as the saved value was: seen from another CPU it may hold what the task that runs there asked for (SSBD,
+    STIBP), so where this process may not run nothing is written. gone names CPUs that went offline on the way: the
+    kernel sets their register up when they come back, so they are read, never written.
     """
     lost = set(gone)
     proof = []
     for cpu, value in saved.items():
         try:
-            proof.append(_put_back_one(msr, index, cpu, value, pin, lost, ours))
+            proof.append(_put_back_one(msr, index, cpu, value, pin, lost, ours(cpu)))
         except ProbeError as error:
             proof.append(Restored(cpu, value, None, Restored.FAILED, error.message))
     return proof
@@ -99,30 +119,39 @@ def _put_back_one(msr: MsrAccess, index: int, cpu: int, value: int, pin: Pin, lo
     there = pin(cpu)
     reads = msr.read(cpu, index)
     tries = 0
+    refused = ""
     while isinstance(reads, int) and (reads ^ value) & ours and there and cpu not in lost and tries < READ_BACK_TRIES:
-        msr.write(cpu, index, reads & ~ours | value & ours)
+        if msr.write(cpu, index, reads & ~ours | value & ours) is Failure.REFUSED:
+            refused = "the kernel refuses writes now: msr.allow_writes=off, or lockdown"
         reads = msr.read(cpu, index)
         tries += 1
     if reads is Failure.OFFLINE:
-        return Restored(cpu, value, None, Restored.LEFT, "offline: the kernel sets it up when it comes back")
+        return Restored(
+            cpu, value, None, Restored.LEFT, "offline: left to the kernel, which sets CPUs up that come back"
+        )
     if isinstance(reads, Failure):
         return Restored(cpu, value, None, Restored.FAILED, f"read-back: {reads.value}")
     if reads == value:
         return Restored(cpu, value, reads, Restored.VERIFIED, "was offline in between" if cpu in lost else "")
     if cpu in lost:
-        return Restored(cpu, value, reads, Restored.LEFT, "was offline in between: the kernel has set it up anew")
+        return Restored(cpu, value, reads, Restored.LEFT, "was offline in between: left to the kernel")
     if (reads ^ value) & ours:
-        note = "" if there else "this process may not run on this CPU, so nothing was written"
+        note = refused if there else "this process may not run on this CPU, so nothing was written"
         return Restored(cpu, value, reads, Restored.FAILED, note)
-    return Restored(cpu, value, reads, Restored.VERIFIED, f"bits {format_bits(reads ^ value)} were changed by others")
+    other = format_bits(reads ^ value)
+    return Restored(cpu, value, reads, Restored.LEFT, f"bits {other} differ and are not ours: left alone")
 
 
 class Walk:
     """The walk itself, over registers whose saved values are already in the journal.
 
-    intent is called before the first write of each step ("bit 3", "clear bit 0", "all accepted bits together",
-    "pairs from bit 2") with the mask of the bits that the step may change, and must not return before that is on
-    disk. stopping is asked between two trials. progress gets (done, all).
+    intent is called before the first write of each step ("base value", "bit 3", "clear bit 0", "all accepted bits
+    together", "pairs from bit 2") with the mask of the bits that the step may change, and must not return before that
+    is on disk; rebased likewise, when a register is found to hold something else than at first. stopping is asked
+    between two trials. progress gets (done, all).
+
+    The kernel may switch a mitigation on while the walk is under way (a sibling comes online). So each trial first
+    reads the register, and where it has changed, what it holds now is what it is put back to from then on.
     """
 
     def __init__(
@@ -133,6 +162,7 @@ class Walk:
         pin: Pin,
         *,
         intent: Callable[[str, int], None] = lambda step, mask: None,
+        rebased: Callable[[int, int], None] = lambda cpu, value: None,
         stopping: Callable[[], str] = lambda: "",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
@@ -140,9 +170,19 @@ class Walk:
         self._plan = plan
         self._pin = pin
         self._intent = intent
+        self._rebased = rebased
         self._stopping = stopping
         self._progress = progress
-        self._states = [_CpuState(cpu, saved[cpu]) for cpu in plan.cpus if cpu in saved]
+        self._states = [_CpuState(cpu, saved[cpu], saved[cpu]) for cpu in plan.cpus if cpu in saved]
+
+    @property
+    def saved(self) -> dict[int, int]:
+        """What every register is to be put back to: what it held at first, or what the kernel has made of it since."""
+        return {state.cpu: state.saved for state in self._states}
+
+    def ours(self, cpu: int) -> int:
+        """Return the mask of the bits that the walk may have left changed: none where the last trial was undone."""
+        return ALL_BITS if any(state.dirty for state in self._states if state.cpu == cpu) else 0
 
     @property
     def gone(self) -> tuple[int, ...]:
@@ -159,6 +199,8 @@ class Walk:
         steps = len(plan.bits) * plan.repeat
         tried = ALL_BITS if plan.base_zero else mask_of(plan.bits)
         done = 0
+        if not plan.base_zero:
+            self._step("base value", 0, self._try_base, 0)
         for _ in range(plan.repeat):
             for bit in plan.bits:
                 self._step(f"bit {bit}", 1 << bit, self._try_bit, bit)
@@ -183,12 +225,44 @@ class Walk:
             reason = self._stopping()
             if reason:
                 raise Interrupted(f"{reason} before {name} on CPU {state.cpu}")
-            if state.gone:
-                continue
-            if not self._pin(state.cpu):  # offline, or taken from this process's cpuset; its register is as it was
-                state.gone = True
-                continue
-            trial(state, bit)
+            if not state.gone and not state.left_out and self._ready(state):
+                trial(state, bit)
+
+    def _ready(self, state: _CpuState) -> bool:
+        """Be on the CPU, and know what its register holds now."""
+        there = self._pin(state.cpu)
+        reads = self._msr.read(state.cpu, self._plan.index)
+        tries = 1
+        while isinstance(reads, int) and reads != state.saved and tries < STEADY_READS:
+            reads = self._msr.read(state.cpu, self._plan.index)
+            tries += 1
+        if reads is Failure.OFFLINE:
+            state.gone = True
+        elif not there:
+            state.left_out = "this process may not run on this CPU any more"
+        elif isinstance(reads, int) and reads != state.saved:
+            reads = _steady(self._msr, self._plan.index, state.cpu)
+            if isinstance(reads, Failure):
+                state.left_out = f"its register could not be read any more ({reads.value})"
+            else:
+                self._rebased(state.cpu, reads)
+                state.moved |= reads ^ state.saved
+                state.saved = reads
+        elif isinstance(reads, Failure):
+            state.left_out = f"its register could not be read any more ({reads.value})"
+        return not state.gone and not state.left_out
+
+    def _try_base(self, state: _CpuState, _: int) -> None:
+        """Write what the register holds: where that takes #GP, no trial over it says anything about its bit."""
+        failure = self._msr.write(state.cpu, self._plan.index, state.saved)
+        if failure is Failure.FAULT:
+            state.left_out = f"the value that it holds, {hex64(state.saved)}, cannot be written: #GP"
+            state.base_refused = True
+        elif failure is Failure.OFFLINE:
+            state.gone = True
+        elif failure is None:
+            state.dirty = True
+            self._undo(state)
 
     def _base(self, state: _CpuState) -> int:
         return 0 if self._plan.base_zero else state.saved
@@ -297,18 +371,20 @@ class Walk:
 
     def _result(self, state: _CpuState) -> CpuResult:
         missing = [bit for bit in self._plan.bits if bit not in state.outcomes]
-        if state.gone:
-            state.outcomes.update(dict.fromkeys(missing, Outcome.ABSENT))
+        because = "went offline during the walk" if state.gone else state.left_out
+        outcomes = {**state.outcomes, **(dict.fromkeys(missing, Outcome.ABSENT) if because else {})}
         return CpuResult(
             cpu=state.cpu,
-            saved=state.saved,
-            observation=Observation.of(state.outcomes),
+            saved=state.first,
+            observation=Observation.of(outcomes),
             cleared=Observation.of(state.cleared),
             combined=state.combined,
             pairs_tried=state.pairs_tried,
             bad_pairs=tuple(state.bad_pairs),
-            absent_because="went offline during the walk" if state.gone else "",
+            absent_because=because if missing else "",
             inconsistent=state.inconsistent,
+            moved=state.moved,
+            base_refused=state.base_refused,
         )
 
     def results(self) -> list[CpuResult]:
@@ -322,6 +398,7 @@ def not_walked(cpu: int, failure: Failure, bits: Sequence[int]) -> CpuResult:
         Failure.FAULT: "RDMSR took #GP: no such register",
         Failure.OFFLINE: "CPU is offline",
         Failure.REFUSED: "the kernel refused the read",
+        Failure.UNSTEADY: "its register does not hold still: what it is to be put back to cannot be told",
     }[failure]
     return CpuResult(
         cpu,

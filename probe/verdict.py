@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from probe.masks import ALL_BITS, format_bits, format_list, hex64
+from probe.masks import ALL_BITS, format_bits, format_list, hex64, mask_of
 from probe.models.prediction import Prediction
 from probe.outcome import CpuResult, Observation, Outcome, Restored
 from probe.registers import SPEC_CTRL
@@ -71,6 +71,10 @@ class Finding:
 # The order in which findings are told: what must be acted on first comes first.
 KINDS = (
     "not_restored",
+    "not_verified",
+    "walk_stopped",
+    "vm_started",
+    "base_refused",
     "unexpected_fault",
     "unexpected_accept",
     "not_retained",
@@ -79,6 +83,8 @@ KINDS = (
     "combination_refused",
     "combination_altered",
     "pair_refused",
+    "changed_by_others",
+    "incomplete",
     "cpus_differ",
     "cpuid_cross_check",
     "cpuid_differs",
@@ -135,10 +141,19 @@ def findings_of_verdict(
     return found
 
 
-def findings_of_walk(result: CpuResult) -> list[Finding]:
-    """Tell what the walk itself found on one CPU, whatever any model says."""
+def findings_of_walk(result: CpuResult, planned: Iterable[int]) -> list[Finding]:
+    """Tell what the walk itself found on one CPU, whatever any model says; planned are the bits to be tried."""
     found = []
     cpu = str(result.cpu)
+    missing = mask_of(planned) & ~(result.observation.accepted | result.observation.fault)
+    if result.base_refused:
+        found.append(Finding("base_refused", cpu, missing, f"nothing was tried: {result.absent_because}"))
+    elif missing and not result.no_register:
+        because = result.absent_because or ("the kernel refused" if result.observation.refused else "the walk stopped")
+        found.append(Finding("incomplete", cpu, missing, f"{named_bits(missing)}: no answer: {because}"))
+    if result.moved:
+        text = f"{named_bits(result.moved)}: something else changed them during the walk; the new value was kept"
+        found.append(Finding("changed_by_others", cpu, result.moved, text))
     if result.inconsistent:
         text = f"{named_bits(result.inconsistent)}: took #GP in one walk and was accepted in another; counted as fault"
         found.append(Finding("inconsistent", cpu, result.inconsistent, text))
@@ -166,8 +181,19 @@ def findings_of_walk(result: CpuResult) -> list[Finding]:
 
 
 def findings_of_restore(proof: Iterable[Restored]) -> list[Finding]:
-    """Tell which registers could not be put back."""
+    """Tell which registers could not be put back, and which could not be shown to be back."""
     return [
+        Finding(
+            "not_verified",
+            str(item.cpu),
+            item.saved ^ item.reads if item.reads is not None else 0,
+            f"the register held {hex64(item.saved)}"
+            + (f" and reads {hex64(item.reads)}" if item.reads is not None else "")
+            + f": {item.note}",
+        )
+        for item in proof
+        if item.state == Restored.LEFT
+    ] + [
         Finding(
             "not_restored",
             str(item.cpu),

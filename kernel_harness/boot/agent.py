@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kernel_harness.boot import guest, kernels, register_model
 from kernel_harness.boot.cache import Say, default_cache, storage_error
 from probe import record as rec
 from probe.cpuid.dumps import Dump, format_raw
-from probe.errors import GuestLost, UsageError
+from probe.errors import GuestLost, Interrupted, NotRestored, ProbeError, RequirementMissing, UsageError
 from probe.store import read_record
 
 _BOOT_SECONDS = 240.0
@@ -38,7 +39,8 @@ class Wanted:
     kernel is a specification for kernels.obtain(), "" for the distribution's own; accelerator is "auto", "kvm" or
     "tcg"; arguments are those of `spec-ctrl-probe run` that concern the walk; cpuid is a recorded CPUID to predict
     from; register_model is the parameters of the module spec_ctrl_model, such as "valid=0x6 initial=0x2", for a guest
-    whose msr driver shall have that register, "" for the guest CPU's own.
+    whose msr driver shall have that register, "" for the guest CPU's own. waiting is called several times a second with
+    the seconds since the start, and at the end with None.
     """
 
     kernel: str = ""
@@ -50,6 +52,7 @@ class Wanted:
     register_model: str = ""
     because: str = ""
     timeout: float = 600.0
+    waiting: Callable[[float | None], None] = lambda seconds: None
 
 
 def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.Record:
@@ -58,6 +61,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
     Raise RequirementMissing if something to boot with is absent, GuestLost if the guest dies or the agent in it ends
     without a record; its own last words are in the message then.
     """
+    parameters = _module_parameters(wanted.register_model)
     guest.check_requirements()  # before a kernel is fetched for nothing
     cache = cache or default_cache()
     kernel = kernels.obtain(wanted.kernel or kernels.default_spec(), cache, say)
@@ -69,10 +73,11 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
     command = [sys.executable, "-m", "probe", "run", "--in", "metal", "--write"]
     if wanted.register_model:
         module = register_model.build(kernel, cache, say)
-        environment["REGISTER"] = " ".join(_module_parameters(wanted.register_model))
+        environment["REGISTER"] = " ".join(parameters)
         command = ["sh", "-c", _WITH_MODULE, str(module), *command]
     try:
         (cache / "runs").mkdir(parents=True, exist_ok=True)
+        _sweep(cache / "runs")
         folder = Path(tempfile.mkdtemp(dir=cache / "runs"))
     except OSError as error:
         raise storage_error("create a folder in", cache / "runs", error) from error
@@ -92,12 +97,12 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
             timeout=wanted.timeout + _BOOT_SECONDS,
             env=environment,
             cache=cache,
+            waiting=wanted.waiting,
         )
         say(f"the guest ran for {result.seconds:.0f} s, {result.boot_seconds:.0f} s of them to boot")
         path = folder / "record.json"
         if not path.exists():
-            last = " | ".join((result.stderr or result.stdout).strip().splitlines()[-3:]) or "nothing"
-            raise GuestLost(f"the agent in the guest ended with exit code {result.returncode} and no record: {last}")
+            raise _without_record(result)
         record = read_record(str(path))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,12 +124,37 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
     return record
 
 
+_ENDS: dict[int, type[ProbeError]] = {
+    int(kind.exit_code): kind for kind in (UsageError, RequirementMissing, NotRestored, Interrupted)
+}
+
+
+def _without_record(result: guest.GuestResult) -> ProbeError:
+    """Return the error with which the agent in the guest ended: it has said itself what was wrong."""
+    lines = (result.stderr or result.stdout).strip().splitlines()
+    kind = _ENDS.get(result.returncode)
+    if kind is not None and lines:
+        return kind("in the guest: " + lines[-1].partition("spec-ctrl-probe: ")[2])
+    last = " | ".join(lines[-3:]) or "nothing"
+    return GuestLost(
+        f"the agent in the guest ended with exit code {result.returncode} and no record: {last}", "run it again"
+    )
+
+
+def _sweep(runs: Path) -> None:
+    """Remove what runs that were killed have left; none takes a day."""
+    for folder in runs.iterdir():
+        if time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _module_parameters(text: str) -> list[str]:
     words = text.split()
     for word in words:
         if not _PARAMETER.match(word):
             raise UsageError(
                 f"cannot model a register with {word!r}",
-                "want name=number, such as valid=0x6, dropped=0x80, initial=0x2, absent=1; a list gives one per CPU",
+                "want name=number with one of valid, dropped, sticky, unreadable, initial, rewrite_mask, "
+                "rewrite_value, absent, noise, noise_mask, delay_us, such as valid=0x6; a list gives one per CPU",
             )
     return words

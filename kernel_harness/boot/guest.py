@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -153,12 +153,13 @@ class Guest:
         self._process.wait()
         self._gone = True
 
-    def wait(self, timeout: float) -> GuestResult:
+    def wait(self, timeout: float, waiting: Callable[[float | None], None] = lambda seconds: None) -> GuestResult:
         """Wait until the command has ended and the guest has powered off.
 
-        timeout is in seconds from now. Raise GuestLost, with the console's last lines, if the time is up (the guest is
-        killed then) or if the guest ended without telling the command's exit status: a panic, a QEMU that failed, a
-        power cut. Whatever is raised, nothing is left running.
+        timeout is in seconds from now; waiting is called meanwhile with the seconds since the start, at last with None.
+        Raise GuestLost, with the console's last lines, if the time is up (the guest is killed then) or if the guest
+        ended without telling the command's exit status: a panic, a QEMU that failed, a power cut. Whatever is raised,
+        nothing is left running.
         """
         deadline = time.monotonic() + timeout
         try:
@@ -167,9 +168,11 @@ class Guest:
                 if time.monotonic() > deadline:
                     self.kill()
                     raise self._lost(f"no answer within {timeout:g} s")
+                waiting(time.monotonic() - self._began)
                 time.sleep(0.05)
             seconds = time.monotonic() - self._began
         finally:
+            waiting(None)
             self.kill()
             self._reader.join(timeout=5)
         self._look_for_start()
@@ -427,6 +430,7 @@ def run(
     env: Mapping[str, str] | None = None,
     qemu_opts: Sequence[str] = (),
     cache: Path | None = None,
+    waiting: Callable[[float | None], None] = lambda seconds: None,
 ) -> GuestResult:
     """Boot a kernel, run one command in it as root, and return what it did; arguments are those of start().
 
@@ -446,7 +450,7 @@ def run(
         cache=cache,
         lifetime=timeout + 60,
     ) as guest:
-        return guest.wait(timeout)
+        return guest.wait(timeout, waiting)
 
 
 def qemu_version() -> str:
@@ -473,21 +477,37 @@ def accelerator(cache: Path, kernel: Kernel | None = None) -> tuple[str, str]:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return "tcg", f"/dev/kvm cannot be opened: {error.strerror}"
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    key = f"{os.uname().release} {boot_id} {version}"
-    memory = cache / "accelerator.json"
-    try:
-        remembered = json.loads(memory.read_text(encoding="utf-8"))
-        if remembered["key"] == key and remembered["accelerator"] in ("kvm", "tcg"):
-            return remembered["accelerator"], str(remembered["because"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    remembered = remembered_accelerator(cache)
+    if remembered is not None:
+        return remembered
     chosen = kernel or next(iter(kernels.cached(cache)), None)
     if chosen is None:
         return "kvm", "/dev/kvm can be opened; no kernel in the cache to try it with"
     answer, because = _try_kvm(chosen)
-    write_whole(memory, json.dumps({"key": key, "accelerator": answer, "because": because}, indent=1) + "\n")
+    write_whole(
+        cache / _MEMORY,
+        json.dumps({"key": _memory_key(version), "accelerator": answer, "because": because}, indent=1) + "\n",
+    )
     return answer, because
+
+
+_MEMORY = "accelerator.json"
+
+
+def _memory_key(version: str) -> str:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{os.uname().release} {boot_id} {version}"
+
+
+def remembered_accelerator(cache: Path) -> tuple[str, str] | None:
+    """Return what accelerator() found out since the host booted, with this QEMU; None if nothing."""
+    try:
+        remembered = json.loads((cache / _MEMORY).read_text(encoding="utf-8"))
+        if remembered["key"] == _memory_key(qemu_version()) and remembered["accelerator"] in ("kvm", "tcg"):
+            return remembered["accelerator"], str(remembered["because"])
+    except (OSError, ValueError, KeyError, TypeError, RequirementMissing):
+        pass
+    return None
 
 
 def _try_kvm(kernel: Kernel) -> tuple[str, str]:

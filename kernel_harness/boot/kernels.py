@@ -16,6 +16,7 @@ from kernel_harness.boot import debian
 from kernel_harness.boot.cache import Say, locked, storage_error, under_construction, write_whole
 from probe.errors import ProbeError, RequirementMissing, UsageError
 
+_BUILDER = re.compile(r"^\([^)]*\)\s*")  # who built it, and on which host: nobody's business in a record
 _CODENAME = re.compile(r"[a-z][a-z0-9.-]*\Z")
 _OLDEST = ("buster", "stretch", "jessie", "wheezy")
 
@@ -119,7 +120,7 @@ def image_release(image: Path) -> tuple[str, str]:
         raise RequirementMissing(f"cannot boot {image}: not an x86 bzImage", "give a vmlinuz, not a vmlinux")
     text = head[pointer + 0x200 :].split(b"\0", 1)[0].decode("ascii", "replace")
     release, _, build = text.partition(" ")
-    return release, build
+    return release, _BUILDER.sub("", build)
 
 
 def _file_kernel(name: str, image: Path) -> Kernel:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 
 from probe import record as rec
 from probe.entries import cpuid_of_groups
-from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, parse_hex64, parse_list
+from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, mask_of, parse_hex64, parse_list
 from probe.models.prediction import Effect
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
@@ -35,6 +36,8 @@ def _head(record: rec.Record) -> list[str]:
     title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x})"
     if any(entry.state == "failed" for entry in record.restore):
         word = "NOT PUT BACK"
+    elif any(entry.state == "left" for entry in record.restore):
+        word = "NOT VERIFIED"
     elif record.walk is UNSET:
         word = "plan only, nothing written"
     elif not measured_anything(record):
@@ -53,7 +56,7 @@ def measured_anything(record: rec.Record) -> bool:
 
 def _findings(record: rec.Record) -> list[str]:
     if not record.findings:
-        return field("findings", "none")
+        return field("findings", "none in its CPUID; no write was tried" if record.walk is UNSET else "none")
     lines = ["findings"]
     for number, finding in enumerate(record.findings, 1):
         where = f"CPU{'s' if not finding.cpus.isdigit() else ''} {finding.cpus}"
@@ -90,6 +93,9 @@ def _machine(record: rec.Record) -> list[str]:
         )
         if guest.register_model:
             lines += field("", f"its msr driver has a modelled register: {guest.register_model}")
+        lines += field("", "what follows is the guest's register, not that of the machine under it")
+    elif record.walk is UNSET:
+        lines += field("place", "this machine; nothing was written")
     else:
         lines += field("place", "this machine's own msr driver")
     lines += field("", record.place.because)
@@ -104,7 +110,7 @@ def _machine(record: rec.Record) -> list[str]:
         f"Python {record.tool.python}",
     )
     if record.tool.arguments:
-        lines += field("", " ".join(record.tool.arguments))
+        lines += field("command", f"{record.tool.name} {shlex.join(record.tool.arguments)}")
     return lines
 
 
@@ -219,6 +225,7 @@ def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     rows: list[tuple[str, str, str, str, str]] = []
     shown = SPEC_CTRL.defined | parse_hex64(verdict.unexpected_fault) | parse_hex64(verdict.unexpected_accept)
     shown |= parse_hex64(verdict.not_retained)
+    shown &= ~parse_hex64(verdict.not_measured) | _planned(record)  # bits that nobody asked for need no row
     reserved: dict[tuple[str, str, str], list[int]] = {}
     for bit in bits_of(shown):
         columns = (
@@ -245,6 +252,10 @@ def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     for row in rows:
         lines += _row(*row)
     return lines
+
+
+def _planned(record: rec.Record) -> int:
+    return mask_of(parse_list(record.walk.bits)) if record.walk is not UNSET else ALL_BITS
 
 
 def _row(bit: str, name: str, predicted: str, observed: str, verdict: str) -> list[str]:
@@ -275,7 +286,8 @@ def _plan(record: rec.Record) -> list[str]:
 
 def _models(record: rec.Record) -> list[str]:
     """One line per model and group: its mask, and the bits on which it is wrong."""
-    lines = [f"{'model':<17}{'accepts':<20}{'measured bits on which it is wrong'}"]
+    wrong_head = "measured bits on which it is wrong" if record.walk is not UNSET else ""
+    lines = [f"{'model':<17}{'accepts':<20}{wrong_head}".rstrip()]
     for prediction in record.predictions:
         cpus = "" if _covers_all(record, prediction.cpus) else f" ({_cpus(prediction.cpus)})"
         verdicts = [
@@ -287,7 +299,7 @@ def _models(record: rec.Record) -> list[str]:
         for entry in verdicts:
             for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
                 wrong |= parse_hex64(getattr(entry, name))
-        text = "-" if not verdicts else SPEC_CTRL.describe(wrong)
+        text = SPEC_CTRL.describe(wrong) if verdicts else "" if record.walk is UNSET else "-"
         lines += paragraph(f"{text}{cpus}", f"{clean(prediction.model)[:16]:<17}{prediction.accepts:<20}", " " * 37)
         lines += paragraph(prediction.title, "  ", "  ")
     return lines
@@ -298,7 +310,7 @@ def _covers_all(record: rec.Record, cpus: str) -> bool:
     return _numbers(cpus) >= _numbers(walked)
 
 
-_RESTORE_WORDS = {"verified": "verified by reading", "left": "left to the kernel", "failed": "NOT PUT BACK"}
+_RESTORE_WORDS = {"verified": "verified by reading", "left": "NOT VERIFIED", "failed": "NOT PUT BACK"}
 
 
 def _restore(record: rec.Record) -> list[str]:

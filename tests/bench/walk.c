@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
@@ -30,11 +31,22 @@ static void undo(void)
 		_exit(5);
 }
 
+static const char *const kvm_users[] = {
+	"/sys/module/kvm_intel/refcnt",
+	"/sys/module/kvm_amd/refcnt",
+	"/sys/module/kvm_pvm/refcnt",
+};
+
 /* Returns whether the write went through. */
 static int attempt(uint64_t value)
 {
 	uint64_t got = 0;
+	cpu_set_t here;
 
+	CPU_ZERO(&here);
+	CPU_SET(0, &here);
+	if (sched_setaffinity(0, sizeof here, &here) || pread(device, &got, 8, MSR) != 8 || got != saved)
+		_exit(6);
 	if (pwrite(device, &value, 8, MSR) != 8)
 		return 0;
 	if (pread(device, &got, 8, MSR) != 8)
@@ -48,9 +60,19 @@ static int attempt(uint64_t value)
 
 static void intent(int journal, pid_t watchdog, int bit)
 {
-	char line[64];
-	int length = snprintf(line, sizeof line, "{\"ev\": \"intent\", \"step\": \"bit %d\"}\n", bit);
+	char line[128];
+	int length = snprintf(line, sizeof line, "{\"ev\": \"intent\", \"step\": \"bit %d\", \"mask\": \"0x%016llx\"}\n",
+			      bit, 1ull << (bit & 63));
 
+	for (int i = 0; i < 3; i++) {
+		int file = open(kvm_users[i], O_RDONLY);
+
+		if (file >= 0) {
+			if (read(file, line + 100, 8) < 0)
+				_exit(7);
+			close(file);
+		}
+	}
 	if (waitpid(watchdog, NULL, WNOHANG) != 0 || write(journal, line, length) != length || fsync(journal))
 		_exit(4);
 }
@@ -74,6 +96,8 @@ int main(int argc, char **argv)
 		return read(wait_end[0], &byte, 1) < 0;
 	}
 	clock_gettime(CLOCK_MONOTONIC, &begin);
+	intent(journal, watchdog, 0);
+	attempt(saved);
 	for (int bit = 0; bit < 64; bit++) {
 		intent(journal, watchdog, bit);
 		if (attempt(saved | 1ull << bit))

@@ -521,7 +521,7 @@ def _base_zero(seen: Scenario) -> None:
 
 @scenario("noise")
 def _noise(seen: Scenario) -> None:
-    for every in (2, 4, 7):
+    for every in (2, 4, 5, 7):
         with modelled(Register(valid=0x7, initial=0x4), noise=every, noise_mask=0x8000):
             seen.runs[str(every)] = run("run", "--write", *CPUID)
 

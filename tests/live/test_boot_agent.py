@@ -281,7 +281,12 @@ def test_base_zero_needs_clear_bits(main: Boot) -> None:
 
 def test_noise_is_unstable_never_dropped(main: Boot) -> None:
     unsteady = 0
-    for name, run in main.scenario("noise").runs.items():
+    runs = main.scenario("noise").runs
+    never_still = runs.pop("2")
+    ended(never_still, ExitCode.REQUIREMENT_MISSING)
+    assert "does not hold still" in seen_on(never_still.record, 0).absent_because
+    assert never_still.after.attempts == 0
+    for name, run in runs.items():
         for cpu in (0, 1):
             seen = outcomes(run.record, cpu)
             assert seen.retained | seen.unstable == 0x7, f"every {name}th read"
@@ -626,11 +631,17 @@ def test_cpu_goes_offline_in_the_walk(main: Boot, scenario: str, online: bool) -
     no_mitigation_went_off(run.after)
 
 
-@pytest.mark.parametrize("scenario", ["CPU offline", "CPU offline and back"])
-def test_cpu_that_went_is_no_finding(main: Boot, scenario: str) -> None:
-    run = main.run(scenario)
-    assert kinds(run.record) == {}
-    ended(run, ExitCode.AS_PREDICTED)
+def test_cpu_that_stays_away_is_not_verified(main: Boot) -> None:
+    run = main.run("CPU offline")
+    assert list(kinds(run.record)) == ["not_verified", "incomplete"]
+    assert run.out.splitlines()[0].endswith("NOT VERIFIED")
+    ended(run, ExitCode.NOT_RESTORED)
+
+
+def test_cpu_that_comes_back_is_verified_and_incomplete(main: Boot) -> None:
+    run = main.run("CPU offline and back")
+    assert list(kinds(run.record)) == ["incomplete"]
+    ended(run, ExitCode.FINDINGS)
 
 
 def test_cpu_goes_and_comes_within_one_trial(main: Boot) -> None:
