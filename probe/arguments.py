@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any, NoReturn
 
 from probe import __version__
@@ -27,9 +26,11 @@ class _Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print, and do not pass over a full disk in silence as the base class does."""
-        if message:
-            (file or sys.stderr).write(message)
-            (file or sys.stderr).flush()
+        if file is None:
+            super()._print_message(message, file)
+        elif message:
+            file.write(message)
+            file.flush()
 
     def error(self, message: str) -> NoReturn:
         self.exit(int(ExitCode.USAGE), f"{self.prog}: {message} (see: {self.prog} --help)\n")

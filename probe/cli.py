@@ -169,9 +169,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from probe.models import registry
 
     registry.get(arguments.model)
-    _check_record_path(arguments.record)
     place, because = _choose_place(arguments)
+    may = place == "guest" or not arguments.write or os.geteuid() == 0
+    if may:
+        _check_record_path(arguments.record)
     _say(f"place: {place} ({because})")
+    if not may:
+        raise RequirementMissing(
+            "not root: the msr driver needs CAP_SYS_RAWIO", f"run it as root: {_metal_command(arguments)}"
+        )
     record = _run_in_guest(arguments, because) if place == "guest" else _run_here(arguments, because)
     return _deliver(record, arguments)
 
@@ -248,10 +254,6 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
     from probe.journal import STATE_DIR
     from probe.run import Ears, Options, run
 
-    if arguments.write and os.geteuid() != 0:
-        raise RequirementMissing(
-            "not root: the msr driver needs CAP_SYS_RAWIO", f"run it as root: {_metal_command(arguments)}"
-        )
     options = Options(
         write=arguments.write,
         cpus=arguments.cpus,

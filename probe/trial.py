@@ -118,6 +118,10 @@ def put_back(
 def _put_back_one(msr: MsrAccess, index: int, cpu: int, value: int, pin: Pin, lost: set[int], ours: int) -> Restored:
     there = pin(cpu)
     reads = msr.read(cpu, index)
+    tries = 1
+    while reads != value and isinstance(reads, int) and tries < READ_BACK_TRIES:  # one stray sample is no difference
+        reads = msr.read(cpu, index)
+        tries += 1
     tries = 0
     refused = ""
     while isinstance(reads, int) and (reads ^ value) & ours and there and cpu not in lost and tries < READ_BACK_TRIES:
