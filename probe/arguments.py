@@ -48,6 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spec-ctrl-probe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_kvm(commands)
+    _add_boot(commands)
     _add_predict(commands)
     _add_plain(commands)
     return parser
@@ -64,9 +66,10 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument(
         "--in",
         dest="place",
-        choices=("auto", "metal", "guest"),
+        choices=("auto", "metal", "guest", "kvm"),
         default="auto",
-        help="metal: this machine's own msr driver; guest: a guest booted for it; auto chooses and says why",
+        help="metal: this machine's own msr driver; guest: a guest booted for it; auto chooses and says why; kvm: the "
+        "matrix of the sub-command kvm",
     )
     where.add_argument(
         "--write", action="store_true", help="allow writes to this machine's MSR 0x48 (taints the kernel)"
@@ -111,6 +114,86 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     safety.add_argument("--allow-bad-microcode", action="store_true", help="probe microcode on Linux's bad list")
 
 
+def _add_kvm(commands: argparse._SubParsersAction[_Parser]) -> None:
+    kvm = commands.add_parser(
+        "kvm",
+        help="measure what this kernel's KVM does for every guest, and which model it follows",
+        description="Drives KVM through /dev/kvm: every profile (the CPUID bits given to a guest), all 64 bits, host- "
+        "and guest-initiated, first write on a fresh vCPU and after pass-through; holds every model against it. Needs "
+        "no QEMU and touches no register of this machine but through KVM.",
+    )
+    _add_matrix_options(kvm)
+    inner = kvm.add_subparsers(dest="kvm_command", metavar="COMMAND")
+    replay = inner.add_parser(
+        "replay",
+        help="run a program on this kernel",
+        description="Runs a program such as 'profile AMD_STIBP; guest-wr 0x48 0x2 -> ok; guest-rd 0x48' on a fresh "
+        "vCPU, prints the kernel's answers, and compares them with those that the program expects.",
+    )
+    replay.add_argument("program", metavar="FILE", help="a file with a program; - for standard input")
+    replay.add_argument("--model", default="", metavar="NAME", help="also compare with this state machine")
+    explore = inner.add_parser(
+        "explore",
+        help="search for programs on which this kernel and a model differ",
+        description="Runs random programs on this kernel and on a model side by side and shrinks what differs to the "
+        "shortest program, ready for kvm replay. The same seed gives the same programs.",
+    )
+    explore.add_argument("--model", required=True, metavar="NAME", help="a state machine (see: models)")
+    explore.add_argument("--programs", type=_many, default=10000, metavar="N", help="how many (default 10000)")
+    explore.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="at most this long (default 60)")
+    explore.add_argument("--seed", type=_many, default=1, metavar="N", help="default 1")
+    explore.add_argument("--save", metavar="PATH", help="write what is found to a file, for kvm replay")
+
+
+def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
+    boot = commands.add_parser(
+        "boot",
+        help="boot kernels and study the KVM of each",
+        description="Boots each kernel in QEMU (KVM if it works, TCG if not: then kvm_amd runs on an emulated SVM), "
+        "runs the sub-command kvm inside, brings the records out, and prints one table.",
+    )
+    boot.add_argument(
+        "--kernel",
+        "--kernels",
+        dest="kernels",
+        required=True,
+        metavar="SPEC[,SPEC]",
+        help="debian:CODENAME, host, or the path of a vmlinuz; several with commas",
+    )
+    boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="how QEMU runs it")
+    boot.add_argument("--append", default="", metavar="PARAMS", help="kernel parameters, such as 'kvm.ignore_msrs=1'")
+    boot.add_argument("--record-dir", metavar="DIR", help="folder for the records (default: below results/)")
+    boot.add_argument("--timeout", type=_seconds, default=1800.0, metavar="S", help="per kernel (default 1800)")
+    boot.add_argument(
+        "inside", nargs=argparse.REMAINDER, metavar="-- kvm ...", help="the sub-command to run inside, with its options"
+    )
+
+
+def _add_matrix_options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_argument_group("what")
+    which.add_argument(
+        "--profile",
+        action="append",
+        type=_profile,
+        metavar="NAME|BITS",
+        help="only this profile: a name, or CPUID bits such as AMD_STIBP,AMD_SSBD; may be given again",
+    )
+    which.add_argument("--all-profiles", action="store_true", help="every combination of the CPUID bits: 65,537")
+    which.add_argument(
+        "--programs",
+        type=_many,
+        default=0,
+        metavar="N",
+        help="also run N random programs on each model that explains it",
+    )
+    which.add_argument("--seed", type=_many, default=1, metavar="N", help="of these programs (default 1)")
+    which.add_argument("--jobs", type=_count, metavar="N", help="processes (default: one for each CPU)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--record", metavar="PATH", help="where to write the record; - for standard output")
+    output.add_argument("--json", action="store_true", help="print the record instead of the report")
+    output.add_argument("--identify", default="", metavar="NAME", help="put this name into the record")
+
+
 def _add_predict(commands: argparse._SubParsersAction[_Parser]) -> None:
     predict = commands.add_parser(
         "predict",
@@ -142,8 +225,18 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     restore.add_argument("--state-dir", metavar="DIR", help="folder of the journal (default /var/lib/spec-ctrl-probe)")
     show = commands.add_parser("show", help="print a record as text for a mail")
     show.add_argument("record", metavar="RECORD", help="a record; - for standard input")
-    commands.add_parser("models", help="list the models that predict, with their sources")
-    commands.add_parser("schema", help="print the record's JSON Schema")
+    models = commands.add_parser(
+        "models",
+        help="list the models, or find where two of them differ",
+        description="Lists the models with their sources. models diff A B prints the shortest program, on the smallest "
+        "profile, on which two state machines differ.",
+    )
+    inner = models.add_subparsers(dest="models_command", metavar="COMMAND")
+    diff = inner.add_parser("diff", help="the shortest program on which two state machines differ")
+    diff.add_argument("one", metavar="A")
+    diff.add_argument("other", metavar="B")
+    schema = commands.add_parser("schema", help="print a record's JSON Schema")
+    schema.add_argument("kind", nargs="?", choices=("run", "kvm"), default="run", help="of which record (default: run)")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -158,6 +251,33 @@ def _bits(text: str) -> tuple[int, ...]:
         return parse_list(text, limit=64)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}; want bits 0-63 such as 0-2,7") from error
+
+
+def _profile(text: str) -> str:
+    from probe.errors import UsageError
+    from probe.models.profile import parse_profile
+
+    try:
+        parse_profile(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _many(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number below 1,000,000,000")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 86400")
+    return value
 
 
 def _count(text: str) -> int:

@@ -99,8 +99,8 @@ def assemble(
         duration=round(seen.duration, 3),
         identity=identity,
         place=rec.Place(kind="metal", because=because),
-        machine=_machine(facts, seen.cpuid),
-        kernel=_kernel(seen),
+        machine=machine_entry(facts, seen.cpuid),
+        kernel=kernel_entry(facts, seen.taint_after, seen.modules_loaded),
         cpuid=rec.Cpuid(
             sources=list(seen.cpuid.sources),
             cross_check=seen.cpuid.cross_check,
@@ -123,7 +123,8 @@ def assemble(
     )
 
 
-def _machine(facts: Facts, cpuid: MachineCpuid) -> rec.Machine:
+def machine_entry(facts: Facts, cpuid: MachineCpuid) -> rec.Machine:
+    """Turn CPUID and the kernel's facts into the machine's entry."""
     cpu = cpuid.cpus[min(cpuid.cpus)]
     return rec.Machine(
         vendor=cpu.vendor if cpu.vendor != "unknown" else cpu.vendor_string or "unknown",
@@ -146,8 +147,8 @@ def _machine(facts: Facts, cpuid: MachineCpuid) -> rec.Machine:
     )
 
 
-def _kernel(seen: Seen) -> rec.Kernel:
-    facts = seen.facts
+def kernel_entry(facts: Facts, taint_after: int | None, modules_loaded: list[str]) -> rec.Kernel:
+    """Turn what the kernel shows of itself into its entry."""
     return rec.Kernel(
         release=facts.kernel,
         version=facts.kernel_version,
@@ -156,8 +157,8 @@ def _kernel(seen: Seen) -> rec.Kernel:
         lockdown=facts.lockdown,
         allow_writes=facts.allow_writes,
         taint_before=UNSET if facts.taint is None else facts.taint,
-        taint_after=UNSET if seen.taint_after is None else seen.taint_after,
-        modules_loaded=seen.modules_loaded,
+        taint_after=UNSET if taint_after is None else taint_after,
+        modules_loaded=modules_loaded,
     )
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from probe import record as rec
     from probe.cpuid.dumps import Dump
     from probe.doctor import Check
+    from probe.models.machine import Machine
+    from probe.models.prediction import Model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,9 +106,10 @@ def _try_to_print(text: str, stream: TextIO) -> None:
 class _Progress:
     """One line on a terminal's stderr that counts steps; silent anywhere else."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "bit trials") -> None:
         self._on = sys.stderr.isatty()
         self._next = 0.0
+        self._what = what
 
     def __call__(self, done: int, total: int) -> None:
         clock = time.monotonic()
@@ -114,7 +117,7 @@ class _Progress:
             return
         self._next = clock + 0.1
         try:
-            sys.stderr.write("\r\x1b[K" if done == total else f"\rbit trials {done}/{total} ")
+            sys.stderr.write("\r\x1b[K" if done == total else f"\r{self._what} {done}/{total} ")
             sys.stderr.flush()
         except OSError:
             self._on = False
@@ -142,7 +145,7 @@ class _Waiting:
 # --- run -----------------------------------------------------------------------------------------------------------
 
 _MOST_GUEST_CPUS = 64
-_PATH_OPTIONS = ("--record", "--cpuid", "--state-dir", "--kernel")
+_PATH_OPTIONS = ("--record", "--record-dir", "--cpuid", "--state-dir", "--kernel", "--kernels", "--save")
 
 
 def without_paths(argv: Sequence[str]) -> list[str]:
@@ -162,13 +165,16 @@ def without_paths(argv: Sequence[str]) -> list[str]:
 
 
 def _last_part(text: str) -> str:
-    return text if text == "-" or text.startswith("debian:") else "PATH"
+    """Hide a path; of several kernels with commas each."""
+    return ",".join(part if part in ("-", "host") or part.startswith("debian:") else "PATH" for part in text.split(","))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from probe.models import registry
 
     registry.get(arguments.model)
+    if arguments.place == "kvm":
+        return _run_in_kvm(arguments)
     place, because = _choose_place(arguments)
     may = place == "guest" or not arguments.write or os.geteuid() == 0
     if may:
@@ -370,6 +376,128 @@ def exit_code(record: rec.Record) -> int:
     return int(ExitCode.AS_PREDICTED)
 
 
+# --- kvm -----------------------------------------------------------------------------------------------------------
+
+
+def _run_in_kvm(arguments: argparse.Namespace) -> int:
+    """Do the matrix for `run --in kvm`: what concerns one register's walk has no place there."""
+    allowed = {"--in", "kvm", "--in=kvm", "run", "--json", "--record", "--identify"}
+    other = [word for word in arguments.argv if word.startswith("--") and word.partition("=")[0] not in allowed]
+    if other:
+        raise UsageError(f"{other[0]} does not go with --in kvm", "see: spec-ctrl-probe kvm --help")
+    arguments.profile, arguments.all_profiles, arguments.jobs, arguments.kvm_command = None, False, None, None
+    arguments.programs, arguments.seed = 0, 1
+    return _kvm(arguments)
+
+
+def _kvm(arguments: argparse.Namespace) -> int:
+    if arguments.kvm_command == "replay":
+        return _kvm_replay(arguments)
+    if arguments.kvm_command == "explore":
+        return _kvm_explore(arguments)
+    from kernel_harness.kvm.study import all_profiles, study
+    from probe import kvm_record, store
+    from probe.models.profile import parse_profile
+    from probe.report import kvm_text
+
+    if arguments.profile and arguments.all_profiles:
+        raise UsageError("--profile and --all-profiles contradict each other", "give one of them")
+    _check_record_path(arguments.record)
+    profiles = [parse_profile(text) for text in arguments.profile or ()] or None
+    record = study(
+        all_profiles() if arguments.all_profiles else profiles,
+        arguments=without_paths(arguments.argv),
+        identity=arguments.identify,
+        jobs=arguments.jobs,
+        programs=arguments.programs,
+        seed=arguments.seed,
+        progress=_Progress("profiles"),
+    )
+    raw = kvm_record.encode(record)
+    if arguments.json or arguments.record == "-":
+        sys.stdout.write(raw.decode())
+    else:
+        sys.stdout.write(kvm_text.render(record))
+    sys.stdout.flush()
+    if arguments.record != "-":
+        path = Path(arguments.record) if arguments.record else store.default_kvm_path(record)
+        _say(f"record: {store.write_atomically(raw, path, replace=arguments.record is not None)}")
+    return int(ExitCode.AS_PREDICTED if record.explained_by else ExitCode.FINDINGS)
+
+
+def _boot(arguments: argparse.Namespace) -> int:
+    from kernel_harness.boot.kvm import Wanted, study_kernels
+    from probe import kvm_record, store
+    from probe.report import kvm_text
+
+    inside = [word for word in arguments.inside if word != "--"] or ["kvm"]
+    if inside[0] != "kvm" or {"replay", "explore", "--record", "--json"} & set(inside):
+        raise UsageError(
+            f"cannot run {' '.join(inside)!r} in the guests", "want: -- kvm [--profile ...] [--programs N]"
+        )
+    make_parser().parse_args(inside)  # what is wrong with it is told before anything is booted
+    if arguments.record_dir and not Path(arguments.record_dir).is_dir():
+        raise UsageError(f"no folder {arguments.record_dir}", f"mkdir -p {arguments.record_dir}")
+    wanted = Wanted(
+        accelerator=arguments.accel,
+        arguments=inside[1:],
+        append=arguments.append.split(),
+        timeout=arguments.timeout,
+        waiting=_Waiting(),
+    )
+    booted = study_kernels(arguments.kernels.split(","), wanted, _say)
+    for one in booted:
+        if one.record is None:
+            continue
+        one.record.tool.arguments = without_paths(arguments.argv)
+        path = store.default_kvm_path(one.record)
+        if arguments.record_dir:
+            path = Path(arguments.record_dir) / path.name
+        _say(f"record: {store.write_atomically(kvm_record.encode(one.record), path, replace=False)}")
+    told = [(_last_part(one.spec) if "/" in one.spec else one.spec, one.record, str(one.error or "")) for one in booted]
+    sys.stdout.write(kvm_text.table(told))
+    errors = [one.error for one in booted if one.error is not None]
+    if errors and len(errors) == len(booted):
+        return int(errors[0].exit_code)
+    explained = all(one.record is not None and one.record.explained_by for one in booted)
+    return int(ExitCode.AS_PREDICTED if explained else ExitCode.FINDINGS)
+
+
+def _kvm_replay(arguments: argparse.Namespace) -> int:
+    from kernel_harness.kvm.commands import replay
+
+    try:
+        if arguments.program == "-":
+            text = sys.stdin.read(1 << 20)
+        else:
+            with open(arguments.program, encoding="utf-8") as file:
+                text = file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {arguments.program}: {error}", "give a file with a program, or -") from error
+    outcome = replay(text, arguments.model)
+    sys.stdout.write(outcome.text)
+    return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+
+
+def _kvm_explore(arguments: argparse.Namespace) -> int:
+    from kernel_harness.kvm.commands import explore_model
+    from probe import store
+
+    _check_record_path(arguments.save)
+    outcome = explore_model(
+        arguments.model,
+        programs=arguments.programs,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        progress=_Progress("programs"),
+    )
+    sys.stdout.write(outcome.text)
+    if arguments.save and not outcome.as_expected:
+        program = outcome.text.partition("\n\n")[2]
+        _say(f"saved: {store.write_atomically(program.encode(), Path(arguments.save), replace=True)}")
+    return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+
+
 # --- the other commands ----------------------------------------------------------------------------------------------
 
 
@@ -473,37 +601,72 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from probe import store
-    from probe.report import text
+    from probe import kvm_record, store
+    from probe import record as rec
+    from probe.report import kvm_text, text
 
-    record = store.read_record(arguments.record, sys.stdin.buffer)
-    sys.stdout.write(text.render(record))
+    raw, name = store.read_raw(arguments.record, sys.stdin.buffer)
+    if kvm_record.is_kvm_record(raw):
+        sys.stdout.write(kvm_text.render(kvm_record.decode(raw, name), rows=1000))
+    else:
+        sys.stdout.write(text.render(rec.decode(raw, name)))
     return int(ExitCode.AS_PREDICTED)
 
 
 def _models(arguments: argparse.Namespace) -> int:
     import textwrap
 
-    from probe.models import registry
+    from probe.models import machines, registry
 
-    for model in registry.MODELS:
-        print(f"{model.name:<17}{model.title}")
-        for line in textwrap.wrap(model.source, 58, break_on_hyphens=False, break_long_words=False):
-            print(f"{'':<17}{line}")
+    if arguments.models_command == "diff":
+        return _models_diff(arguments)
+    catalogue: list[tuple[str, Sequence[Model | Machine]]] = [
+        ("predictors: masks from one CPUID (predict, run)", registry.MODELS),
+        ("state machines: answers to any program (kvm, models diff)", machines.MACHINES),
+    ]
+    for number, (title, models) in enumerate(catalogue):
+        print(("\n" if number else "") + title)
+        for model in models:
+            print(f"  {model.name:<18}{model.title}")
+            for line in textwrap.wrap(model.source, 55, break_on_hyphens=False, break_long_words=False):
+                print(f"{'':<20}{line}")
     return int(ExitCode.AS_PREDICTED)
+
+
+def _models_diff(arguments: argparse.Namespace) -> int:
+    from probe.models import machines
+    from probe.models.difference import MOST_STEPS, difference
+    from probe.models.program import format_answer, written
+
+    one, other = machines.get(arguments.one), machines.get(arguments.other)
+    found = difference(one, other)
+    if found is None:
+        print(f"{one.name} and {other.name}: no difference in any program of up to {MOST_STEPS} operations")
+        return int(ExitCode.AS_PREDICTED)
+    print(written(found.program, [answer for answer in found.one[:-1] if answer is not None], between="\n"))
+    for machine, answers in ((one, found.one), (other, found.other)):
+        last = answers[-1]
+        print(f"{machine.name:<20}{'nothing' if last is None else format_answer(last)}")
+    print(f"on {found.host}")
+    for machine in (one, other):
+        print(f"{machine.name}: {machine.source}")
+    return int(ExitCode.FINDINGS)
 
 
 def _schema(arguments: argparse.Namespace) -> int:
     import json
 
+    from probe import kvm_record
     from probe import record as rec
 
-    print(json.dumps(rec.schema(), indent=2))
+    print(json.dumps(kvm_record.schema() if arguments.kind == "kvm" else rec.schema(), indent=2))
     return int(ExitCode.AS_PREDICTED)
 
 
 _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
+    "kvm": _kvm,
+    "boot": _boot,
     "predict": _predict,
     "doctor": _doctor,
     "restore": _restore,

@@ -60,6 +60,11 @@ class KvmError(ProbeError):
         super().__init__(f"{ioctl} failed: {error.strerror} ({errorcode.get(error.errno or 0, error.errno)})", remedy)
         self.ioctl = ioctl
         self.errno = error.errno or 0
+        self._made_of = (ioctl, error, remedy)
+
+    def __reduce__(self) -> tuple[type[KvmError], tuple[str, OSError, str]]:
+        """Pickle as it was made: it has to come through from a worker process."""
+        return type(self), self._made_of
 
 
 class GuestLost(ProbeError):

@@ -29,6 +29,8 @@ CpuList = Annotated[str, Meta(pattern=rf"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*{_
 LeafName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}{_END}")]
 FourRegisters = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}( [0-9a-f]{{8}}){{3}}{_END}")]
 ColumnName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}\.e[abcd]x{_END}")]
+Version = Annotated[str, Meta(pattern=rf"^[0-9]{{1,9}}\.[0-9]{{1,9}}{_END}")]
+Time = Annotated[str, Meta(pattern=rf"^[0-9]{{4}}(-[0-9]{{2}}){{2}}T[0-9]{{2}}(:[0-9]{{2}}){{2}}Z{_END}")]
 OutcomeName = Literal["retained", "dropped", "altered", "fault", "refused", "unstable", "absent"]
 
 
@@ -255,9 +257,9 @@ class RestoreEntry(_Entry):
 class Record(_Entry):
     """One run. started is RFC 3339 in UTC, duration in seconds; judge names the model that findings come from."""
 
-    schema_version: Annotated[str, Meta(pattern=rf"^[0-9]{{1,9}}\.[0-9]{{1,9}}{_END}")]
+    schema_version: Version
     tool: Tool
-    started: Annotated[str, Meta(pattern=rf"^[0-9]{{4}}(-[0-9]{{2}}){{2}}T[0-9]{{2}}(:[0-9]{{2}}){{2}}Z{_END}")]
+    started: Time
     duration: float
     place: Place
     machine: Machine

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probe.errors import RecordError
-from probe.record import Record, decode
+from probe.kvm_record import KvmRecord
+from probe.record import Machine, Record, decode
 
 LARGEST_RECORD = 64 << 20
 
@@ -33,6 +34,12 @@ def read_record(path: str, stdin: BinaryIO | None = None) -> Record:
 
     Raise RecordError with the path, the cause and the cure.
     """
+    raw, name = read_raw(path, stdin)
+    return decode(raw, name)
+
+
+def read_raw(path: str, stdin: BinaryIO | None = None) -> tuple[bytes, str]:
+    """Read a file of at most LARGEST_RECORD bytes, or stdin if path is "-"; return it and what to call it."""
     name = "standard input" if path == "-" else path
     try:
         if path == "-" and stdin is not None:
@@ -41,10 +48,10 @@ def read_record(path: str, stdin: BinaryIO | None = None) -> Record:
             with open(path, "rb") as file:
                 raw = file.read(LARGEST_RECORD + 1)
     except OSError as error:
-        raise RecordError(f"cannot read {name}: {error.strerror}") from error
+        raise RecordError(f"cannot read {name}: {error.strerror}", "give a record, such as results/*/*.json") from error
     if len(raw) > LARGEST_RECORD:
         raise RecordError(f"{name} is larger than {LARGEST_RECORD >> 20} MiB", "a record of 512 CPUs has 64 KiB")
-    return decode(raw, name)
+    return raw, name
 
 
 def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:
@@ -116,14 +123,23 @@ _PLAIN_HYPERVISORS = {
 
 def default_path(record: Record) -> Path:
     """Return results/<machine>/<time>-<kernel>.json; the machine is CPU signature, microcode and hypervisor."""
-    machine = record.machine
+    time = record.started.replace(":", "")
+    return Path("results") / machine_folder(record.machine) / f"{time}-{_file_word(record.kernel.release)}.json"
+
+
+def default_kvm_path(record: KvmRecord) -> Path:
+    """Return results/<machine>/<time>-kvm-<kernel>.json."""
+    time = record.started.replace(":", "")
+    return Path("results") / machine_folder(record.machine) / f"{time}-kvm-{_file_word(record.kernel.release)}.json"
+
+
+def machine_folder(machine: Machine) -> str:
+    """Name a machine by CPU signature, microcode and hypervisor."""
     hypervisor = "metal"
     if machine.under_hypervisor:
         hypervisor = _PLAIN_HYPERVISORS.get(machine.hypervisor, _file_word(machine.hypervisor) or "hypervisor")
     microcode = machine.microcode[0].revision if machine.microcode else "unknown"
-    folder = f"{_file_word(machine.vendor)}-{machine.signature[2:]:0>8}-ucode-{microcode}-{hypervisor}"
-    time = record.started.replace(":", "")
-    return Path("results") / folder / f"{time}-{_file_word(record.kernel.release)}.json"
+    return f"{_file_word(machine.vendor)}-{machine.signature[2:]:0>8}-ucode-{microcode}-{hypervisor}"
 
 
 def _file_word(text: str) -> str:

@@ -27,8 +27,18 @@ def _boot() -> str:
     return ""
 
 
+def _kvm() -> str:
+    from kernel_harness.kvm.machine import Kvm
+
+    try:
+        with Kvm():
+            return ""
+    except RequirementMissing as error:
+        return str(error)
+
+
 # What a tier needs: a function that returns why it cannot run here, or "".
-TIERS: dict[str, Callable[[], str]] = {"boot": _boot}
+TIERS: dict[str, Callable[[], str]] = {"boot": _boot, "kvm": _kvm}
 _missing: dict[str, str] = {}
 _counts: dict[str, dict[str, int]] = {}
 

@@ -102,7 +102,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
         say(f"the guest ran for {result.seconds:.0f} s, {result.boot_seconds:.0f} s of them to boot")
         path = folder / "record.json"
         if not path.exists():
-            raise _without_record(result)
+            raise ended_without_record(result)
         record = read_record(str(path))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,7 +129,7 @@ _ENDS: dict[int, type[ProbeError]] = {
 }
 
 
-def _without_record(result: guest.GuestResult) -> ProbeError:
+def ended_without_record(result: guest.GuestResult) -> ProbeError:
     """Return the error with which the agent in the guest ended: it has said itself what was wrong."""
     lines = (result.stderr or result.stdout).strip().splitlines()
     kind = _ENDS.get(result.returncode)

@@ -28,7 +28,9 @@ from probe.cpuid.snapshot import Leaf, Snapshot
 from probe.errors import ExitCode, ProbeError
 from probe.host import Host, Modules
 from probe.masks import hex64
-from probe.models import registry
+from probe.models import machines, registry
+from probe.models.machine import Machine
+from probe.models.prediction import Model
 from tests.fakes import FakeRegister
 from tests.fakes_machine import DATA, facts_of, in_guest, record_of, sapphire_rapids, threadripper
 from tests.unprivileged import as_nobody
@@ -219,8 +221,9 @@ def test_version(capsys: Captured) -> None:
 def test_models_are_listed_with_their_sources(capsys: Captured) -> None:
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    for model in registry.MODELS:
-        assert f"\n{model.name} " in "\n" + out
+    catalogue: list[Model | Machine] = [*registry.MODELS, *machines.MACHINES]
+    for model in catalogue:
+        assert f"\n  {model.name} " in "\n" + out
         assert model.title in out
         assert model.source.split()[0] in out
 
@@ -619,9 +622,60 @@ def test_no_option_can_be_shortened_past_that(short: str, capsys: Captured) -> N
 def test_every_option_that_takes_a_path_is_known() -> None:
     from probe.cli import _PATH_OPTIONS
 
-    run = make_parser().parse_args(["run"])
+    known = set()
+    for words in (["run"], ["boot", "--kernel", "x"], ["kvm", "explore", "--model", "x"]):
+        known |= set(vars(make_parser().parse_args(words)))
     for option in _PATH_OPTIONS:
-        assert hasattr(run, option[2:].replace("-", "_")), f"{option} has gone"
+        assert option[2:].replace("-", "_") in known, f"{option} has gone"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["boot", "--kernels", "debian:sid,/home/a-user/bzImage,host"], ["boot", "--kernels", "debian:sid,PATH,host"]),
+        (["kvm", "--record", "/home/a-user/x"], ["kvm", "--record", "PATH"]),
+    ],
+)
+def test_paths_of_the_other_commands(given: list[str], told: list[str]) -> None:
+    assert without_paths(given) == told
+
+
+def test_models_diff(capsys: Captured) -> None:
+    assert main(["models", "diff", "kvm-5.6-svm", "kvm-maxim-v1-svm"]) == ExitCode.FINDINGS
+    out = capsys.readouterr().out
+    assert "profile SPEC_CTRL\nguest-wr 0x48 0x2\nkvm-5.6-svm         ok\nkvm-maxim-v1-svm    gp\n" in out
+    assert "6441fa6178f5" in out
+    assert main(["models", "diff", "bhyve", "qemu-tcg"]) == ExitCode.AS_PREDICTED
+    assert "no difference" in capsys.readouterr().out
+    assert "no state machine is called 'x'" in fails(["models", "diff", "x", "xen"], ExitCode.USAGE, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["kvm", "--profile", "nope"], "no profile or CPUID bit is called 'nope'"),
+        (["kvm", "--profile", "empty", "--all-profiles"], "contradict"),
+        (["kvm", "replay", "/nonexistent"], "cannot read /nonexistent"),
+        (["kvm", "explore", "--model", "xen", "--seconds", "-1"], "not a number of seconds"),
+        (["run", "--in", "kvm", "--bits", "3"], "--bits does not go with --in kvm"),
+        (["boot", "--kernel", "debian:bookworm", "--", "run"], "cannot run 'run' in the guests"),
+        (["boot", "--kernel", "debian:bookworm", "--record-dir", "/nonexistent"], "no folder /nonexistent"),
+        (["boot", "--kernel", "debian:bookworm", "--", "kvm", "--profile", "nope"], "'nope'"),
+    ],
+)
+def test_usage_of_kvm_and_boot(arguments: list[str], why: str, capsys: Captured) -> None:
+    assert why in fails(arguments, ExitCode.USAGE, capsys)
+
+
+def test_a_program_from_standard_input_that_is_none() -> None:
+    done = spawn("kvm", "replay", "-")
+    assert done.returncode == ExitCode.USAGE
+    assert b"begins with its guest's CPUID" in done.stderr
+
+
+def test_the_schema_of_the_other_record(capsys: Captured) -> None:
+    assert main(["schema", "kvm"]) == 0
+    Draft202012Validator.check_schema(json.loads(capsys.readouterr().out))
 
 
 # --- exit codes ---

@@ -449,7 +449,10 @@ def test_a_file_that_may_not_be_read() -> None:
                 return str(error)
             return "read"
 
-        assert as_nobody(attempt) == f"cannot read {folder}/a.json: Permission denied"
+        assert (
+            as_nobody(attempt)
+            == f"cannot read {folder}/a.json: Permission denied (give a record, such as results/*/*.json)"
+        )
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""The study of KVM inside guests that are booted for it: one kernel after the other, each with its own KVM."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_harness.boot import guest, kernels
+from kernel_harness.boot.agent import ended_without_record
+from kernel_harness.boot.cache import Say, default_cache, storage_error
+from probe import kvm_record
+from probe.errors import ProbeError, RequirementMissing
+
+_PACKAGE = Path(__file__).resolve().parents[2]  # the folder that holds probe/ and kernel_harness/
+_BOOT_SECONDS = 240.0
+# Constant text. Both vendors' modules are tried: the one that fits the (emulated) CPU loads.
+_WITH_KVM = (
+    "modprobe kvm_amd 2>/run/kvm_amd || modprobe kvm_intel 2>/run/kvm_intel || { cat /run/kvm_* >&2; exit 99; }; "
+    'exec "$@"'
+)
+_NO_KVM = 99
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to boot, and the arguments of `spec-ctrl-probe kvm` inside; append holds kernel parameters."""
+
+    accelerator: str = "auto"
+    arguments: Sequence[str] = ()
+    append: Sequence[str] = ()
+    cpus: int = 2
+    timeout: float = 1800.0
+    waiting: Callable[[float | None], None] = lambda seconds: None
+
+
+def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = None) -> kvm_record.KvmRecord:
+    """Boot one kernel, run `spec-ctrl-probe kvm` on its KVM, and return the record.
+
+    Raise RequirementMissing if the kernel cannot be had or has no KVM for this CPU, GuestLost, with the console's last
+    lines, if it does not get through.
+    """
+    guest.check_requirements()
+    cache = cache or default_cache()
+    kernel = kernels.obtain(spec, cache, say)
+    if wanted.accelerator == "auto":
+        accelerator, why = guest.accelerator(cache, kernel)
+    else:
+        accelerator, why = wanted.accelerator, "asked for"
+    try:
+        (cache / "runs").mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=cache / "runs"))
+    except OSError as error:
+        raise storage_error("create a folder in", cache / "runs", error) from error
+    try:
+        say(f"booting {kernel.name} {kernel.release} under {accelerator.upper()} ({why})")
+        inside = [sys.executable, "-m", "probe", "kvm", "--record", str(folder / "kvm.json"), *wanted.arguments]
+        result = guest.run(
+            kernel,
+            ["sh", "-c", _WITH_KVM, "sh", *inside],
+            accel=accelerator,
+            cpus=wanted.cpus,
+            append=wanted.append,
+            rw_dir=folder,
+            timeout=wanted.timeout + _BOOT_SECONDS,
+            env={"PYTHONPATH": str(_PACKAGE)},
+            cache=cache,
+            waiting=wanted.waiting,
+        )
+        say(f"the guest ran for {result.seconds:.0f} s, {result.boot_seconds:.0f} s of them to boot")
+        path = folder / "kvm.json"
+        if not path.exists():
+            raise _no_record(kernel, result)
+        record = kvm_record.decode(path.read_bytes(), f"the record of {kernel.name}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    record.guest = kvm_record.GuestPlace(
+        kernel=kernel.name,
+        kernel_version=kernel.version,
+        kernel_sha256=kernel.sha256,
+        accelerator=accelerator,
+        qemu=guest.qemu_version().replace("QEMU emulator version", "QEMU"),
+    )
+    return record
+
+
+def _no_record(kernel: kernels.Kernel, result: guest.GuestResult) -> ProbeError:
+    if result.returncode == _NO_KVM:
+        said = " ".join(result.stderr.split()) or "modprobe said nothing"
+        return RequirementMissing(f"{kernel.name} has no KVM for this guest's CPU: {said}", "boot another kernel")
+    return ended_without_record(result)
+
+
+@dataclass(frozen=True)
+class Booted:
+    """One kernel of several: its record, or why there is none."""
+
+    spec: str
+    record: kvm_record.KvmRecord | None
+    error: ProbeError | None = None
+
+
+def study_kernels(specs: Sequence[str], wanted: Wanted, say: Say) -> list[Booted]:
+    """Study several kernels one after the other; one that fails costs no other."""
+    done = []
+    for spec in specs:
+        try:
+            done.append(Booted(spec, study_in_guest(spec, wanted, say)))
+        except ProbeError as error:
+            say(f"{spec}: {error}")
+            done.append(Booted(spec, None, error))
+    return done

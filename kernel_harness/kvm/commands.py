@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What the sub-commands of `kvm` do; they return text and leave printing to the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kernel_harness.kvm.machine import Kvm, ticking
+from kernel_harness.kvm.measure import measure_host
+from kernel_harness.kvm.runner import Cpuids, run_program
+from probe.cpuid.machine import read_machine
+from probe.errors import RequirementMissing
+from probe.models import machines
+from probe.models.machine import answers
+from probe.models.profile import profile_of
+from probe.models.program import Answer, format_answer, parse, written
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is to print, and whether everything was as expected."""
+
+    text: str
+    as_expected: bool
+
+
+def replay(text: str, model: str = "") -> Outcome:
+    """Run a program on this kernel and compare its answers with those it expects, and with a model's if one is named.
+
+    Raise UsageError if the text is no program, RequirementMissing if this KVM cannot run it.
+    """
+    program, wanted = parse(text)
+    machine = machines.get(model) if model else None
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        seen = run_program(kvm, cpuids, program)
+        said = answers(machine, program, measure_host(kvm, cpuids, _features())) if machine is not None else None
+    lines = [f"profile {program.profile}"]
+    as_expected = True
+    for number, operation in enumerate(program.operations):
+        line = f"{operation} -> {format_answer(seen[number])}"
+        expected = wanted[number]
+        if expected is not None and expected != seen[number]:
+            line += f"    wanted {format_answer(expected)}"
+            as_expected = False
+        model_answer = said[number] if said is not None else None
+        if model_answer is not None and model_answer != seen[number]:
+            line += f"    {model} says {format_answer(model_answer)}"
+            as_expected = False
+        lines.append(line)
+    return Outcome("\n".join(lines) + "\n", as_expected)
+
+
+def explore_model(
+    model: str,
+    *,
+    programs: int,
+    seconds: float,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Search for a program on which this kernel and a model differ.
+
+    Raise RequirementMissing if hypothesis is not installed, or there is no KVM.
+    """
+    try:
+        from kernel_harness.kvm.explore import explore
+    except ImportError as error:
+        raise RequirementMissing(f"cannot explore: {error}", "pip install 'spec-ctrl-probe[explore]'") from error
+    machine = machines.get(model)
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, _features())
+        done = explore(
+            kvm, cpuids, [machine], host, most=programs, seconds=seconds, seed_number=seed, progress=progress
+        )
+    head = f"{done.programs} programs in {done.seconds:.1f} s, seed {seed}, model {model}: "
+    if done.divergence is None:
+        return Outcome(f"{head}no divergence\n", True)
+    found = done.divergence
+    lines = [
+        f"{head}the kernel does otherwise",
+        "",
+        written(found.program, found.kernel, between="\n"),
+        "",
+        f"# {model} answers {_said(found.model[found.at])} to the last operation",
+        f"# {model}: {machine.title}",
+        f"# rule: {machine.source}",
+    ]
+    return Outcome("\n".join(lines) + "\n", False)
+
+
+def _said(answer: Answer | None) -> str:
+    return "nothing" if answer is None else format_answer(answer)
+
+
+def _features() -> int:
+    """Return the features that this host's own CPUID reports."""
+    cpus = read_machine((0,)).cpus
+    return profile_of(cpus[min(cpus)]).mask

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: MIT
+"""The record of one matrix over KVM, and its JSON Schema. Pure.
+
+Rows hold masks, not cases; profiles that gave the same share one row. The same rules as for probe/record.py: no host
+name, no path; a minor version only adds optional fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Union
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from probe.errors import RecordError
+from probe.masks import hex64, parse_hex64
+from probe.models import machines
+from probe.models.machine import Host, first_difference
+from probe.models.matrix import Fit, Measured, answers_of, program_of
+from probe.models.profile import NAMED, Profile, parse_profile
+from probe.models.program import Answer, Program, format_answer, written
+from probe.record import Kernel, Machine, Mask, Time, Tool, Version
+
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
+
+
+class _Entry(Struct, kw_only=True, omit_defaults=True):
+    """Base of everything in a record: fields by name, defaults left out."""
+
+
+class KvmEntry(_Entry):
+    """KVM as userspace meets it. backend is the vendor module that is loaded ("" if none can be seen)."""
+
+    backend: str
+    ignore_msrs: str
+    in_msr_index_list: bool
+    msr_filter: bool
+    user_space_msr: bool
+
+
+class HardwareEntry(_Entry):
+    """The hardware's own answers, as measured through KVM; see probe.models.machine.Hardware and Host."""
+
+    exists: bool
+    tested: Mask
+    valid: Mask
+    keep: Mask
+    switched: bool
+    host_cpuid: str
+    supported_cpuid: str
+    start: Mask = hex64(0)
+
+
+class RowEntry(_Entry):
+    """What some profiles gave, all alike: for each cell the mask of the bits that answered so."""
+
+    profiles: list[str]
+    cells: dict[str, Mask]
+    opener: Mask = hex64(0)
+
+
+class DivergenceEntry(_Entry):
+    """The first divergence of a model, as a program: the kernel's answer to its last operation, and the model's."""
+
+    cell: str
+    program: str
+    kernel: str
+    model: str
+
+
+class FitEntry(_Entry):
+    """How well one model explains the matrix."""
+
+    model: str
+    title: str
+    family: str
+    cases: int
+    agreements: int
+    divergences: dict[str, int] = {}
+    first: Union[DivergenceEntry, UnsetType] = UNSET
+
+
+class ExploredEntry(_Entry):
+    """Random programs that were run on kernel and model side by side; divergence is the shortest that differed."""
+
+    model: str
+    programs: int
+    seed: int
+    seconds: float
+    divergence: str = ""
+    model_says: str = ""
+
+
+class GuestPlace(_Entry):
+    """The virtual machine that was booted for it."""
+
+    kernel: str
+    kernel_version: str
+    kernel_sha256: str
+    accelerator: str
+    qemu: str
+
+
+class KvmRecord(_Entry):
+    """One matrix. started is RFC 3339 in UTC, duration in seconds.
+
+    explained_by names the models that decide every case and have every one right.
+    """
+
+    kind: Literal["kvm"]
+    schema_version: Version
+    tool: Tool
+    started: Time
+    duration: float
+    machine: Machine
+    kernel: Kernel
+    kvm: KvmEntry
+    hardware: HardwareEntry
+    rows: list[RowEntry]
+    fits: list[FitEntry]
+    explained_by: list[str]
+    explored: list[ExploredEntry] = []
+    notes: list[str] = []
+    guest: Union[GuestPlace, UnsetType] = UNSET
+    identity: str = ""
+
+
+_NAMES = {named.profile: named.name for named in NAMED}
+
+
+def profile_name(profile: Profile) -> str:
+    """Return a profile's own name, or its bits."""
+    return _NAMES.get(profile, str(profile))
+
+
+def hardware_entry(host: Host) -> HardwareEntry:
+    """Turn the measured host into its entry."""
+    hardware = host.hardware
+    return HardwareEntry(
+        exists=hardware.exists,
+        tested=hex64(hardware.tested),
+        valid=hex64(hardware.valid),
+        keep=hex64(hardware.keep),
+        start=hex64(hardware.start),
+        switched=host.switched,
+        host_cpuid=str(Profile(host.features)),
+        supported_cpuid=str(Profile(host.caps)),
+    )
+
+
+def row_entries(rows: Iterable[Measured]) -> list[RowEntry]:
+    """Group rows that are equal but for their profile."""
+    groups: dict[tuple[int, tuple[tuple[str, int], ...]], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.opener, tuple(sorted(row.masks.items()))), []).append(profile_name(row.profile))
+    return [
+        RowEntry(profiles=names, opener=hex64(opener), cells={name: hex64(mask) for name, mask in masks})
+        for (opener, masks), names in groups.items()
+    ]
+
+
+def rows_of(record: KvmRecord) -> list[Measured]:
+    """Unfold the rows again; raise RecordError for a profile that is none."""
+    rows = []
+    for entry in record.rows:
+        masks = {name: parse_hex64(mask) for name, mask in entry.cells.items()}
+        rows += [Measured(parse_profile(name), parse_hex64(entry.opener), masks) for name in entry.profiles]
+    return rows
+
+
+def fit_entry(fit: Fit, host: Host, run: Callable[[Program], Sequence[Answer]]) -> FitEntry:
+    """Turn a model's fit into its entry; run gives the kernel's answers to the program of the first divergence."""
+    machine = machines.get(fit.model)
+    first: Union[DivergenceEntry, UnsetType] = UNSET
+    if fit.first is not None:
+        cell, row, bit = fit.first
+        program = program_of(cell, row.profile, bit, row.opener)
+        seen, said = run(program), answers_of(machine, cell, row, bit, host)
+        at = first_difference(seen, said)
+        last = len(seen) - 1 if at is None else at
+        cut = Program(program.profile, program.operations[: last + 1])
+        first = DivergenceEntry(
+            cell=cell.name,
+            program=written(cut, seen[:last]),
+            kernel=format_answer(seen[last]),
+            model=_said(said[last]) if at is not None else "another answer, once",
+        )
+    return FitEntry(
+        model=fit.model,
+        title=machine.title,
+        family=machine.family,
+        cases=fit.cases,
+        agreements=fit.agreements,
+        divergences=dict(fit.divergences),
+        first=first,
+    )
+
+
+def _said(answer: Answer | None) -> str:
+    return "nothing" if answer is None else format_answer(answer)
+
+
+def in_order(fits: Iterable[Fit]) -> list[Fit]:
+    """Sort fits: those that explain everything first, then by their share of agreements."""
+    return sorted(fits, key=lambda fit: (-fit.agreements / max(fit.cases, 1), -fit.cases, fit.model))
+
+
+def explaining(fits: Iterable[Fit]) -> list[str]:
+    """Name the models that have every case right and leave none open: an oracle that is silent explains nothing."""
+    fits = list(fits)
+    most = max((fit.cases for fit in fits), default=0)
+    return [fit.model for fit in fits if fit.explains and fit.cases == most > 0]
+
+
+def encode(record: KvmRecord) -> bytes:
+    """Return the record as JSON, two spaces deep, with a newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+
+
+class _Head(Struct):
+    kind: str = ""
+    schema_version: str = ""
+
+
+def is_kvm_record(raw: bytes) -> bool:
+    """Tell whether this is a record of this kind, whatever its version."""
+    try:
+        return msgspec.json.decode(raw, type=_Head).kind == "kvm"
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def decode(raw: bytes, name: str) -> KvmRecord:
+    """Read a record; name is what an error calls it. Raise RecordError for anything that is none of this version."""
+    try:
+        head = msgspec.json.decode(raw, type=_Head)
+        if head.schema_version.partition(".")[0] != str(SCHEMA_MAJOR):
+            raise RecordError(
+                f"{name} is a KVM record of version {head.schema_version[:20]}; this tool reads {SCHEMA_MAJOR}.x",
+                "read it with the spec-ctrl-probe that wrote it, or a newer one",
+            )
+        record = msgspec.json.decode(raw, type=KvmRecord)
+    except msgspec.ValidationError as error:
+        raise RecordError(
+            f"{name} is no valid KVM record: {error}", "spec-ctrl-probe schema kvm prints what is"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(f"{name} cannot be read: {error}", "it is cut or was never a JSON file") from error
+    return record
+
+
+def schema() -> dict[str, Any]:
+    """Return the record's JSON Schema 2020-12; it allows no additional properties."""
+    document = msgspec.json.schema(KvmRecord)
+    for definition in document["$defs"].values():
+        if definition.get("type") == "object" and "properties" in definition:
+            definition["additionalProperties"] = False
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{SCHEMA_ID}.{SCHEMA_MINOR}",
+        **document,
+    }

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The shortest program, on the smallest profile, on which two state machines differ. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from probe.masks import ALL_BITS
+from probe.models.machine import DENY_READ, DENY_WRITE, SPEC_CTRL, Hardware, Host, Machine, State, answers, step
+from probe.models.matrix import distinguishable, guest_rd, guest_wr, host_get, host_set
+from probe.models.profile import ALL_FEATURES, FEATURES, NONE, Profile, mask_of_features
+from probe.models.program import Answer, Kind, Operation, Program
+
+MOST_STEPS = 4
+_V_SPEC_CTRL = mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
+_WITHOUT = ALL_FEATURES & ~_V_SPEC_CTRL
+
+# The hosts on which machines are compared, the plainest first.
+HOSTS: tuple[tuple[str, Host], ...] = (
+    ("a host that has every bit and keeps it", Host(features=_WITHOUT, caps=_WITHOUT)),
+    (
+        "a host with IBRS, STIBP and SSBD",
+        Host(Hardware(tested=0x7, valid=0x7, keep=0x7), features=_WITHOUT, caps=_WITHOUT),
+    ),
+    ("a host whose CPUID has none of the bits", Host()),
+    ("a host without the register", Host(Hardware(exists=False, tested=0, valid=0, keep=0))),
+    ("a host with V_SPEC_CTRL", Host(features=ALL_FEATURES, caps=ALL_FEATURES)),
+    ("a host that takes every bit and keeps none", Host(Hardware(keep=0), features=_WITHOUT, caps=_WITHOUT)),
+    (
+        "a host that does not switch the register",
+        replace(Host(Hardware(keep=0)), switched=False),
+    ),
+)
+_VALUES = (0, *(1 << bit for bit in (0, 1, 2, 3, 5, 7, 8, 9, 10, 32, 63)), ALL_BITS)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two machines differ: the host in words, the program, and what each answers to its last operation."""
+
+    host: str
+    program: Program
+    one: tuple[Answer | None, ...]
+    other: tuple[Answer | None, ...]
+
+
+def _operations() -> Iterator[Operation]:
+    for value in _VALUES:
+        yield guest_wr(value)
+    yield guest_rd()
+    for value in _VALUES:
+        yield host_set(value)
+    yield host_get()
+    yield Operation(Kind.INIT)
+    yield Operation(Kind.DENY, SPEC_CTRL, DENY_WRITE)
+    yield Operation(Kind.DENY, SPEC_CTRL, DENY_READ)
+    yield Operation(Kind.ALLOW)
+
+
+def difference(one: Machine, other: Machine) -> Difference | None:
+    """Search, the shortest programs first, of these the smallest profiles; None if up to MOST_STEPS nothing differs."""
+    hosts = [host for _, host in HOSTS]
+    profiles = [*distinguishable([one, other], hosts), NONE]
+    operations = list(_operations())
+    for length in range(1, MOST_STEPS + 1):
+        for (name, host), profile in itertools.product(HOSTS, profiles):
+            found = _search(one, other, profile, host, operations, length)
+            if found is not None:
+                return Difference(name, *found)
+    return None
+
+
+def _search(
+    one: Machine, other: Machine, profile: Profile, host: Host, operations: list[Operation], length: int
+) -> tuple[Program, tuple[Answer | None, ...], tuple[Answer | None, ...]] | None:
+    """Look for a program of exactly this length; states that were seen before are not walked again."""
+    start = (one.start(profile, host), other.start(profile, host))
+    paths: dict[tuple[State, State], tuple[Operation, ...]] = {start: ()}
+    for depth in range(1, length + 1):
+        reached: dict[tuple[State, State], tuple[Operation, ...]] = {}
+        for (mine, theirs), path in paths.items():
+            for operation in operations:
+                next_one, answer_one = step(one, mine, operation)
+                next_other, answer_other = step(other, theirs, operation)
+                if answer_one is None or answer_other is None:
+                    continue
+                if answer_one != answer_other:
+                    if depth == length:
+                        return _told(one, other, Program(profile, (*path, operation)), host)
+                    continue
+                reached.setdefault((next_one, next_other), (*path, operation))
+        paths = {pair: path for pair, path in reached.items() if pair not in paths}
+    return None
+
+
+def _told(
+    one: Machine, other: Machine, program: Program, host: Host
+) -> tuple[Program, tuple[Answer | None, ...], tuple[Answer | None, ...]]:
+    return program, tuple(answers(one, program, host)), tuple(answers(other, program, host))

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: MIT
+"""Models of a virtualized IA32_SPEC_CTRL as state machines: (state, operation) -> (state, answer). Pure.
+
+A machine says for every state which bits a write may have; single-write masks, programs and matrices are all made from
+that, so that no rule is written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from probe.masks import ALL_BITS
+from probe.models.profile import Profile
+from probe.models.program import Answer, Kind, Operation, Program, Word
+
+SPEC_CTRL = 0x48
+DENY_READ, DENY_WRITE = 1, 2
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the register itself does, measured and never assumed.
+
+    exists: RDMSR does not take #GP. tested: mask of the bits that KVM's own test of a value accepts (the same as valid,
+    unless somebody stands between them). valid: mask of the bits that a guest's own WRMSR takes without #GP. keep: mask
+    of the bits that read back once written. start: what it holds when nobody has written.
+    """
+
+    exists: bool = True
+    tested: int = ALL_BITS
+    valid: int = ALL_BITS
+    keep: int = ALL_BITS
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine under the hypervisor.
+
+    features is a mask over profile.FEATURES: what the kernel sees (boot_cpu_has). caps: what it offers to guests
+    (KVM_GET_SUPPORTED_CPUID). switched: the kernel loads the guest's value at entry and saves it at exit
+    (X86_FEATURE_MSR_SPEC_CTRL); if not, a guest that is let through writes the host's own register.
+    """
+
+    hardware: Hardware = Hardware()
+    features: int = 0
+    caps: int = 0
+    switched: bool = True
+
+
+@dataclass(frozen=True)
+class State:
+    """One vCPU as a model sees it.
+
+    value is what the hypervisor stores, register what the guest reads where it is let through (64 bits each); direct:
+    guest accesses are not intercepted; denied: a mask of DENY_READ and DENY_WRITE (the MSR filter).
+    """
+
+    profile: Profile
+    host: Host
+    value: int = 0
+    register: int = 0
+    direct: bool = False
+    denied: int = 0
+
+
+class Machine(Protocol):
+    """A model that answers any program."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    @property
+    def title(self) -> str:
+        """One line on what it is."""
+
+    @property
+    def source(self) -> str:
+        """Document or commits, with version or date."""
+
+    @property
+    def family(self) -> str:
+        """Where it makes sense: "kvm", "kvm-vmx", "kvm-svm", "policy", "peer", "oracle"."""
+
+    def start(self, profile: Profile, host: Host) -> State:
+        """Return a fresh vCPU."""
+
+    def writable(self, state: State, *, by_host: bool) -> int | None:
+        """Return the mask of the bits that a write may have; None if every write is refused, of 0 too."""
+
+    def readable(self, state: State, *, by_host: bool) -> bool:
+        """Tell whether a read succeeds."""
+
+    def open_bits(self, state: State, *, by_host: bool) -> int:
+        """Return the mask of the bits on which the model does not say; 0 for a model that always does."""
+
+    def write(self, state: State, value: int, *, by_host: bool) -> State:
+        """Return the state after an accepted write."""
+
+    def read(self, state: State, *, by_host: bool) -> tuple[State, int | None]:
+        """Return the state after a successful read, and the value; None if the model does not say."""
+
+    def set_cpuid(self, state: State, profile: Profile) -> State:
+        """Return the state after KVM_SET_CPUID2."""
+
+    def init(self, state: State) -> State:
+        """Return the state after INIT."""
+
+    def set_filter(self, state: State, denied: int) -> State:
+        """Return the state after a change of the MSR filter."""
+
+
+def step(machine: Machine, state: State, operation: Operation) -> tuple[State, Answer | None]:
+    """Do one operation on MSR 0x48; the answer is None where the model does not say."""
+    kind = operation.kind
+    by_host = kind in (Kind.HOST_SET, Kind.HOST_GET)
+    no = Word.REFUSED if by_host else Word.GP
+    if kind in (Kind.HOST_SET, Kind.GUEST_WR):
+        writable = machine.writable(state, by_host=by_host)
+        if writable is None:
+            return state, no
+        unsaid = machine.open_bits(state, by_host=by_host)
+        undecided = operation.value & unsaid
+        if by_host and unsaid == ALL_BITS:  # a rule about guests only: of the host it does not say a thing
+            return state, None
+        if operation.value & ~(writable | undecided):
+            return state, no
+        if undecided:
+            return state, None
+        return machine.write(state, operation.value, by_host=by_host), Word.OK
+    if kind in (Kind.HOST_GET, Kind.GUEST_RD):
+        if not machine.readable(state, by_host=by_host):
+            return state, no
+        return machine.read(state, by_host=by_host)
+    if kind is Kind.CPUID:
+        return machine.set_cpuid(state, Profile(operation.value)), Word.OK
+    if kind is Kind.INIT:
+        return machine.init(state), Word.OK
+    return machine.set_filter(state, operation.value if kind is Kind.DENY else 0), Word.OK
+
+
+def answers(machine: Machine, program: Program, host: Host) -> list[Answer | None]:
+    """Return a machine's answers to a whole program; after one that it leaves open, it says nothing more."""
+    state = machine.start(program.profile, host)
+    found: list[Answer | None] = []
+    for operation in program.operations:
+        if found and found[-1] is None:
+            found.append(None)
+            continue
+        state, answer = step(machine, state, operation)
+        found.append(answer)
+    return found
+
+
+def first_difference(mine: Sequence[Answer | None], theirs: Sequence[Answer | None]) -> int | None:
+    """Return the number of the first operation on which two lists of answers disagree, or None."""
+    for number, (one, other) in enumerate(zip(mine, theirs)):
+        if one is not None and other is not None and one != other:
+            return number
+    return None
+
+
+def with_value(state: State, value: int) -> State:
+    """Return the state with another stored value."""
+    return replace(state, value=value)

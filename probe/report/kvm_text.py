@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""A KVM record as plain text of at most 75 columns: which model explains this kernel, and what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import UNSET
+
+from probe.kvm_record import FitEntry, KvmRecord, RowEntry
+from probe.masks import format_bits, parse_hex64
+from probe.models.matrix import CELLS
+from probe.report.layout import WIDTH, field, fields, joined, paragraph
+
+_KIN = (("pred_cmd", "IA32_PRED_CMD (0x49)"), ("virt_spec_ctrl", "VIRT_SPEC_CTRL (0xc001011f)"))
+
+
+def render(record: KvmRecord, *, rows: int = 12) -> str:
+    """Return the report; of the groups of profiles at most rows are shown, the largest first."""
+    word = "explained by " + ", ".join(record.explained_by) if record.explained_by else "explained by no model"
+    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48): {word}"), ""]
+    lines += [*_machine(record), "", *_models(record), *_explored(record), *_rows(record, rows)]
+    if record.notes:
+        lines += ["", *fields("notes", record.notes)]
+    return joined(lines)
+
+
+def _machine(record: KvmRecord) -> list[str]:
+    machine, kvm, hardware = record.machine, record.kvm, record.hardware
+    where = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
+    lines = field("machine", f"{where} (CPUID.1:EAX {machine.signature}) {machine.brand}".rstrip())
+    if machine.under_hypervisor:
+        lines += field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
+    lines += field("kernel", f"{record.kernel.release} {record.kernel.version}")
+    if record.kernel.cmdline:
+        lines += field("", " ".join(record.kernel.cmdline))
+    lines += field("KVM", f"{kvm.backend or 'backend not to be seen'}, ignore_msrs={kvm.ignore_msrs or 'unknown'}")
+    lines += field("", f"0x48 in KVM_GET_MSR_INDEX_LIST: {'yes' if kvm.in_msr_index_list else 'no'}")
+    if record.guest is not UNSET:
+        guest = record.guest
+        lines += field(
+            "place", f"guest of our own: {guest.kernel} {guest.kernel_version}, {guest.qemu}, {guest.accelerator}"
+        )
+    lines += field("hardware", f"tried by KVM   {hardware.tested}  bits {_bits(hardware.tested)}")
+    lines += field("", f"in the guest   {hardware.valid}  bits {_bits(hardware.valid)}")
+    lines += field("", f"reads back     {hardware.keep}  bits {_bits(hardware.keep)}")
+    lines += field(
+        "",
+        "loaded and saved at VM entry and exit"
+        if hardware.switched
+        else "not loaded at VM entry: X86_FEATURE_MSR_SPEC_CTRL is off on this host",
+    )
+    lines += field("CPUID", f"host: {hardware.host_cpuid.replace(',', ', ')}")
+    lines += field("", f"offered to guests: {hardware.supported_cpuid.replace(',', ', ')}")
+    profiles = sum(len(row.profiles) for row in record.rows)
+    lines += field("run", f"{record.started}, {record.duration:.1f} s, {profiles} profiles, {record.tool.version}")
+    return lines
+
+
+def _bits(mask: str) -> str:
+    text = format_bits(parse_hex64(mask))
+    return text if len(text) < 24 else f"{bin(parse_hex64(mask)).count('1')} of 64"
+
+
+def _models(record: KvmRecord) -> list[str]:
+    lines = [f"{'model':<18}{'cases':>8}{'agree':>8}{'':>3}first divergence"]
+    for fit in record.fits:
+        lines += _fit(fit)
+    return lines
+
+
+def _explored(record: KvmRecord) -> list[str]:
+    lines: list[str] = []
+    for entry in record.explored:
+        found = f"differs: {entry.divergence}, not {entry.model_says}" if entry.divergence else "no divergence"
+        text = f"{entry.programs} random programs (seed {entry.seed}) against {entry.model}: {found}"
+        lines += field("explored" if not lines else "", text)
+    return ["", *lines] if lines else []
+
+
+def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
+    """Return one table of several kernels: for each its models with every case right, and the nearest others.
+
+    records are (kernel, record, why there is none).
+    """
+    lines = [f"{'kernel':<26}{'explained by':<49}"]
+    for name, record, why in records:
+        head = f"{name[:25]:<26}"
+        if record is None:
+            lines += paragraph(f"not measured: {why}", head, " " * 26)
+            continue
+        lines += paragraph(", ".join(record.explained_by) or "no model", head, " " * 26)
+        for entry in record.explored:
+            found = f"differs: {entry.divergence}, not {entry.model_says}" if entry.divergence else "no divergence"
+            lines += paragraph(f"{entry.model}: {entry.programs} random programs: {found}", " " * 26, " " * 28)
+    models = [fit.model for fit in next((record.fits for _, record, _ in records if record is not None), [])]
+    measured = [record for _, record, _ in records if record is not None]
+    releases = [record.kernel.release.partition("-")[0] for record in measured]
+    lines += ["", f"{'agreements':<20}" + "".join(f"{release[:13]:>14}" for release in releases)]
+    for model in models:
+        shares = [next((_share(fit) for fit in record.fits if fit.model == model), "-") for record in measured]
+        lines.append(f"{model:<20}" + "".join(f"{share:>14}" for share in shares))
+    return joined(lines)
+
+
+def _fit(fit: FitEntry) -> list[str]:
+    head = f"{fit.model:<18}{fit.cases:>8}{_share(fit):>8}{'':>3}"
+    if fit.first is UNSET:
+        return [f"{head}none"]
+    first = fit.first
+    return paragraph(f"{first.program} -> {first.kernel}, not {first.model}", head, " " * 37)
+
+
+def _share(fit: FitEntry) -> str:
+    if fit.agreements == fit.cases:
+        return "100 %"
+    return f"{min(99.9, 100 * fit.agreements / max(fit.cases, 1)):.1f} %"
+
+
+def _rows(record: KvmRecord, most: int) -> list[str]:
+    groups = sorted(record.rows, key=lambda row: -len(row.profiles))
+    lines: list[str] = []
+    for row in groups[:most]:
+        lines += _row(row)
+    if len(groups) > most:
+        lines += ["", f"and {len(groups) - most} more groups of profiles: in the record"]
+    return lines
+
+
+def _row(row: RowEntry) -> list[str]:
+    count = len(row.profiles)
+    names = ", ".join(name.replace(",", "+") for name in row.profiles[:6])
+    more = f" and {count - 6} more" if count > 6 else ""
+    lines = ["", *paragraph(f"{count} profile{'s' if count > 1 else ''}: {names}{more}")]
+    for cell in CELLS:
+        if cell.name in row.cells and not cell.single:
+            lines.append(_line(cell.title, row.cells[cell.name]))
+    zero = ", ".join(
+        cell.title for cell in CELLS if cell.single and parse_hex64(row.cells.get(cell.name, "0x" + "0" * 16))
+    )
+    lines += paragraph(f"0 and reads: {zero or 'none succeeds'}", "  ", "    ")
+    for name, title in _KIN:
+        guest, host = row.cells.get(f"{name}_guest"), row.cells.get(f"{name}_host")
+        if guest is not None and host is not None:
+            lines += paragraph(f"{title}: guest writes bits {_bits(guest)}, host bits {_bits(host)}", "  ", "    ")
+    return lines
+
+
+def _line(title: str, mask: str) -> str:
+    room = WIDTH - 2 - 18 - 2
+    short = title if len(title) <= room - 8 else title.replace("guest write after an accepted host write", "after")
+    return f"  {mask}  {short}"
