@@ -162,6 +162,12 @@ def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="how QEMU runs it")
     boot.add_argument("--append", default="", metavar="PARAMS", help="kernel parameters, such as 'kvm.ignore_msrs=1'")
+    boot.add_argument(
+        "--tested",
+        type=_mask,
+        metavar="MASK",
+        help="make KVM's own test of a value accept just these bits, such as 0x6 (an emulated CPU accepts every bit)",
+    )
     boot.add_argument("--record-dir", metavar="DIR", help="folder for the records (default: below results/)")
     boot.add_argument("--timeout", type=_seconds, default=1800.0, metavar="S", help="per kernel (default 1800)")
     boot.add_argument(
@@ -262,6 +268,16 @@ def _profile(text: str) -> str:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def _mask(text: str) -> int:
+    try:
+        value = int(text, 16)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mask of 64 bits such as 0x6")
+    return value
 
 
 def _many(text: str) -> int:

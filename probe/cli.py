@@ -442,6 +442,7 @@ def _boot(arguments: argparse.Namespace) -> int:
         accelerator=arguments.accel,
         arguments=inside[1:],
         append=arguments.append.split(),
+        tested=arguments.tested,
         timeout=arguments.timeout,
         waiting=_Waiting(),
     )

@@ -94,13 +94,14 @@ class ExploredEntry(_Entry):
 
 
 class GuestPlace(_Entry):
-    """The virtual machine that was booted for it."""
+    """The virtual machine that was booted for it. tested: KVM's own test of a value was made to accept this mask."""
 
     kernel: str
     kernel_version: str
     kernel_sha256: str
     accelerator: str
     qemu: str
+    tested: Union[Mask, UnsetType] = UNSET
 
 
 class KvmRecord(_Entry):

@@ -10,29 +10,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_harness.boot import guest, kernels
+from kernel_harness.boot import guest, kernels, register_model
 from kernel_harness.boot.agent import ended_without_record
 from kernel_harness.boot.cache import Say, default_cache, storage_error
 from probe import kvm_record
 from probe.errors import ProbeError, RequirementMissing
+from probe.masks import hex64
 
 _PACKAGE = Path(__file__).resolve().parents[2]  # the folder that holds probe/ and kernel_harness/
 _BOOT_SECONDS = 240.0
 # Constant text. Both vendors' modules are tried: the one that fits the (emulated) CPU loads.
 _WITH_KVM = (
     "modprobe kvm_amd 2>/run/kvm_amd || modprobe kvm_intel 2>/run/kvm_intel || { cat /run/kvm_* >&2; exit 99; }; "
-    'exec "$@"'
+    '[ -z "$MODULE" ] || insmod "$MODULE" kvm_test=1 kvm_valid="$MASK" || exit 98; exec "$@"'
 )
-_NO_KVM = 99
+_NO_KVM, _NO_MODEL = 99, 98
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to boot, and the arguments of `spec-ctrl-probe kvm` inside; append holds kernel parameters."""
+    """What to boot, and the arguments of `spec-ctrl-probe kvm` inside; append holds kernel parameters.
+
+    tested is a mask that KVM's own test of a value shall accept instead of what the (emulated) hardware accepts, by the
+    module spec_ctrl_model; None leaves the test alone.
+    """
 
     accelerator: str = "auto"
     arguments: Sequence[str] = ()
     append: Sequence[str] = ()
+    tested: int | None = None
     cpus: int = 2
     timeout: float = 1800.0
     waiting: Callable[[float | None], None] = lambda seconds: None
@@ -51,6 +57,10 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         accelerator, why = guest.accelerator(cache, kernel)
     else:
         accelerator, why = wanted.accelerator, "asked for"
+    environment = {"PYTHONPATH": str(_PACKAGE)}
+    if wanted.tested is not None:
+        environment["MODULE"] = str(register_model.build(kernel, cache, say))
+        environment["MASK"] = f"{wanted.tested:#x}"
     try:
         (cache / "runs").mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=cache / "runs"))
@@ -67,7 +77,7 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
             append=wanted.append,
             rw_dir=folder,
             timeout=wanted.timeout + _BOOT_SECONDS,
-            env={"PYTHONPATH": str(_PACKAGE)},
+            env=environment,
             cache=cache,
             waiting=wanted.waiting,
         )
@@ -85,6 +95,8 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         accelerator=accelerator,
         qemu=guest.qemu_version().replace("QEMU emulator version", "QEMU"),
     )
+    if wanted.tested is not None:
+        record.guest.tested = hex64(wanted.tested)
     return record
 
 
@@ -92,6 +104,11 @@ def _no_record(kernel: kernels.Kernel, result: guest.GuestResult) -> ProbeError:
     if result.returncode == _NO_KVM:
         said = " ".join(result.stderr.split()) or "modprobe said nothing"
         return RequirementMissing(f"{kernel.name} has no KVM for this guest's CPU: {said}", "boot another kernel")
+    if result.returncode == _NO_MODEL:
+        said = " ".join(result.stderr.split()) or "insmod said nothing"
+        return RequirementMissing(
+            f"{kernel.name}: KVM's test of a value cannot be given a mask: {said}", "it needs Linux v5.9 or newer"
+        )
     return ended_without_record(result)
 
 

@@ -24,8 +24,7 @@ def measure_profile(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> Measured:
     """Measure one profile: 128 fresh vCPUs for the first writes, and a few more for the rest."""
     masks: dict[str, int] = {}
     with Laboratory(kvm, cpuids) as laboratory:
-        _first_by_host(laboratory, profile, masks)
-        _first_by_guest(laboratory, profile, masks)
+        masks.update(first_writes(laboratory, profile))
         _zero_and_reads(laboratory, profile, masks)
         opener = masks["host_first"] & -masks["host_first"]
         if opener:
@@ -33,6 +32,14 @@ def measure_profile(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> Measured:
         for name, index in (("pred_cmd", PRED_CMD), ("virt_spec_ctrl", VIRT_SPEC_CTRL)):
             _kin(laboratory, profile, masks, name, index)
     return Measured(profile, opener, masks)
+
+
+def first_writes(laboratory: Laboratory, profile: Profile) -> dict[str, int]:
+    """Write every bit first thing on a fresh vCPU, host-initiated and from the guest: 128 vCPUs of one VM."""
+    masks: dict[str, int] = {}
+    _first_by_host(laboratory, profile, masks)
+    _first_by_guest(laboratory, profile, masks)
+    return masks
 
 
 def _first_by_host(laboratory: Laboratory, profile: Profile, masks: dict[str, int]) -> None:

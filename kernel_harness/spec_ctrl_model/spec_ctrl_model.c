@@ -67,6 +67,14 @@ static unsigned int delay_us;
 module_param(delay_us, uint, 0644);
 MODULE_PARM_DESC(delay_us, "microseconds that each access takes");
 
+static bool kvm_test;
+module_param(kvm_test, bool, 0444);
+MODULE_PARM_DESC(kvm_test, "also answer for the hardware when KVM tests a value (load kvm before)");
+
+static unsigned long long kvm_valid;
+module_param(kvm_valid, ullong, 0644);
+MODULE_PARM_DESC(kvm_valid, "the bits that KVM's test accepts");
+
 struct model {
 	spinlock_t lock;	/* all below */
 	u64 initial;
@@ -206,10 +214,20 @@ static noinline int enter_wrmsrq(unsigned int cpu, u32 index, u64 value)
 	return result;
 }
 
+/* kvm_spec_ctrl_test_value(): 0 if the hardware takes the value, 1 if it takes #GP. */
+static noinline int enter_kvm_test(u64 value)
+{
+	int result = value & ~kvm_valid ? 1 : 0;
+
+	module_put(THIS_MODULE);
+	return result;
+}
+
 struct hook {
 	struct kprobe probe;
 	void *target;
 	bool write;
+	bool kvm;	/* KVM's test of a value: its only argument is the value */
 	bool registered;
 };
 
@@ -218,7 +236,7 @@ static int divert(struct kprobe *probe, struct pt_regs *regs)
 	struct hook *hook = container_of(probe, struct hook, probe);
 
 	/* All four functions have the CPU as first argument and the index as second. */
-	if ((u32)regs->si != msr || (u32)regs->di >= nr_cpu_ids || !cpu_possible((u32)regs->di))
+	if (!hook->kvm && ((u32)regs->si != msr || (u32)regs->di >= nr_cpu_ids || !cpu_possible((u32)regs->di)))
 		return 0;
 	if (!try_module_get(THIS_MODULE))	/* on its way out */
 		return 0;
@@ -237,6 +255,8 @@ static struct hook hooks[] = {
 	/* what the driver of 7.2 calls; absent from 6.12 */
 	{ .probe.symbol_name = "rdmsrq_safe_on_cpu", .target = enter_rdmsrq },
 	{ .probe.symbol_name = "wrmsrq_safe_on_cpu", .target = enter_wrmsrq, .write = true },
+	/* kvm.ko, which has to be there before; Linux commit 841c2be09fe4 (in v5.9) */
+	{ .probe.symbol_name = "kvm_spec_ctrl_test_value", .target = enter_kvm_test, .kvm = true },
 };
 
 /*
@@ -280,8 +300,10 @@ static int hooks_register(void)
 	int error;
 
 	for (i = 0; i < ARRAY_SIZE(hooks); i++) {
+		if (hooks[i].kvm && !kvm_test)
+			continue;
 		error = hook_register(&hooks[i]);
-		if (error == -ENOENT)	/* not in this kernel */
+		if (error == -ENOENT && !hooks[i].kvm)	/* not in this kernel */
 			continue;
 		if (error) {
 			pr_err("cannot probe %s: error %d\n", hooks[i].probe.symbol_name, error);
@@ -290,7 +312,7 @@ static int hooks_register(void)
 		}
 		if (hooks[i].write)
 			writes = true;
-		else
+		else if (!hooks[i].kvm)
 			reads = true;
 	}
 	if (reads && writes)

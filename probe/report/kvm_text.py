@@ -41,6 +41,8 @@ def _machine(record: KvmRecord) -> list[str]:
         lines += field(
             "place", f"guest of our own: {guest.kernel} {guest.kernel_version}, {guest.qemu}, {guest.accelerator}"
         )
+        if guest.tested is not UNSET:
+            lines += field("", f"KVM's own test of a value was made to accept {guest.tested} (spec_ctrl_model)")
     lines += field("hardware", f"tried by KVM   {hardware.tested}  bits {_bits(hardware.tested)}")
     lines += field("", f"in the guest   {hardware.valid}  bits {_bits(hardware.valid)}")
     lines += field("", f"reads back     {hardware.keep}  bits {_bits(hardware.keep)}")

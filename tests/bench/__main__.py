@@ -14,25 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel_harness.boot import cache, guest, kernels, register_model
-from probe.errors import ProbeError
+from probe.errors import ProbeError, RequirementMissing
+from tests.bench.figures import figure, missed, note, ratio
+from tests.bench.kvm import kvm_figures
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
 DUMP = TOP / "tests/data/cpuid/threadripper-3970x.cpuid-r.txt"
 RUNS = 7
-_missed: list[str] = []
-
-
-def figure(name: str, value: float, bound: float, unit: str, *, at_least: bool = False) -> None:
-    met = value >= bound if at_least else value <= bound
-    sign = ">=" if at_least else "<="
-    print(f"{'ok' if met else 'MISSED':<8}{name:<52}{value:>9.2f}{unit:<4} {sign} {bound:g}{unit}", flush=True)
-    if not met:
-        _missed.append(name)
-
-
-def note(name: str, value: float, unit: str) -> None:
-    print(f"{'':<8}{name:<52}{value:>9.2f}{unit}", flush=True)
 
 
 def best(command: Sequence[str], runs: int = 10) -> float:
@@ -43,11 +32,6 @@ def best(command: Sequence[str], runs: int = 10) -> float:
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=TOP)
         times.append((time.monotonic() - begin) * 1000)
     return min(times)
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios pair by pair, so that a machine whose speed drifts does not decide."""
-    return statistics.median(a / b for a, b in zip(above, below))
 
 
 def walks() -> None:
@@ -107,11 +91,15 @@ def main() -> int:
         print("not run: the walk against C (gcc is missing)")
         return 4
     try:
+        kvm_figures()
+    except RequirementMissing as error:
+        print(f"not run: KVM from outside: {error}")
+    try:
         walks()
     except ProbeError as error:
         print(f"not run: the walk in a guest: {error}")
         return int(error.exit_code)
-    return 1 if _missed else 0
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

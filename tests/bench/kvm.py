@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""The figures of KVM from outside: the first-write matrix against C, the default run, comparing, random programs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kernel_harness.kvm import guest_code
+from kernel_harness.kvm.explore import explore
+from kernel_harness.kvm.machine import Kvm, ticking
+from kernel_harness.kvm.measure import first_writes, measure_host
+from kernel_harness.kvm.runner import Cpuids, Laboratory
+from kernel_harness.kvm.study import all_profiles, default_profiles
+from probe import kvm_record
+from probe.models.machines import MACHINES, get
+from probe.models.matrix import fit
+from probe.models.profile import NONE
+from tests.bench.figures import figure, ratio
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parents[1]
+PAIRS = 5
+
+
+def first_write_matrix() -> None:
+    """One process each, 32 profiles, in turn; the matrix over 256 is the same eight times."""
+    with tempfile.TemporaryDirectory() as text, Kvm() as kvm, ticking():
+        folder = Path(text)
+        compiler = ["gcc", "-O2", "-Wall", "-o", str(folder / "matrix"), str(HERE / "matrix.c")]
+        subprocess.run(compiler, check=True)
+        cpuids = Cpuids(kvm)
+        profiles = all_profiles()[1:33]
+        tables = [bytes(cpuids.table(profile).buffer) for profile in profiles]
+        (folder / "cpuids").write_bytes(b"".join(tables))
+        (folder / "guest").write_bytes(guest_code.CODE)
+        mine: list[float] = []
+        theirs: list[float] = []
+        for _ in range(PAIRS):
+            begin = time.monotonic()
+            for profile in profiles:
+                with Laboratory(kvm, cpuids) as laboratory:
+                    first_writes(laboratory, profile)
+            mine.append(time.monotonic() - begin)
+            command = [str(folder / "matrix"), str(folder / "guest"), str(folder / "cpuids")]
+            theirs.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        figure("first-write matrix / C with the same ioctls", ratio(mine, theirs), 1.25, "x")
+
+
+def default_run() -> None:
+    """The whole command, its record, and comparing its matrix with all models."""
+    with tempfile.TemporaryDirectory() as text:
+        path = Path(text) / "kvm.json"
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "probe", "kvm", "--record", str(path)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, cwd=TOP)
+        figure("kvm, the default run", time.monotonic() - begin, 15, "s")
+        figure("kvm, its record", path.stat().st_size / 1024, 256, "KiB")
+        rows = kvm_record.rows_of(kvm_record.decode(path.read_bytes(), "the record"))
+    with Kvm() as kvm, ticking():
+        host = measure_host(kvm, Cpuids(kvm), 0)
+    begin = time.monotonic()
+    for machine in MACHINES:
+        fit(machine, host, rows)
+    figure(f"a matrix of {len(default_profiles(0))} profiles with all models", time.monotonic() - begin, 1, "s")
+
+
+def random_programs() -> None:
+    """Against a model that this kernel follows, so that nothing ends the search early."""
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, 0)
+        with Laboratory(kvm, cpuids) as laboratory:
+            row = first_writes(laboratory, NONE)
+        model = get("qemu-tcg" if not row["host_first_kept"] else "kvm-5.19")
+        done = explore(kvm, cpuids, [model], host, most=2000, seconds=120, seed_number=1)
+    figure("10,000 random programs of up to 12 steps", done.seconds * 10000 / max(done.programs, 1), 60, "s")
+
+
+def kvm_figures() -> None:
+    """All of them."""
+    first_write_matrix()
+    default_run()
+    random_programs()
