@@ -83,7 +83,10 @@ class FitEntry(_Entry):
 
 
 class ExploredEntry(_Entry):
-    """Random programs that were run on kernel and model side by side; divergence is the shortest that differed."""
+    """Random programs that were run on kernel and model side by side; divergence is the shortest that differed.
+
+    steady is false if the kernel answered so once, and not again when the program was run anew.
+    """
 
     model: str
     programs: int
@@ -91,6 +94,7 @@ class ExploredEntry(_Entry):
     seconds: float
     divergence: str = ""
     model_says: str = ""
+    steady: bool = True
 
 
 class GuestPlace(_Entry):

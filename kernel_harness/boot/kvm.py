@@ -24,6 +24,10 @@ _WITH_KVM = (
     "modprobe kvm_amd 2>/run/kvm_amd || modprobe kvm_intel 2>/run/kvm_intel || { cat /run/kvm_* >&2; exit 99; }; "
     '[ -z "$MODULE" ] || insmod "$MODULE" kvm_test=1 kvm_valid="$MASK" || exit 98; exec "$@"'
 )
+# Creating the first VM patches the scheduler's code (preempt_notifier_key, a static key). With several emulated CPUs
+# one may meet the breakpoint of that patch when it has gone again: "Oops: int3" in finish_task_switch(), each time with
+# Debian's 6.12 and 7.2 on two CPUs of QEMU 7.2's TCG.
+_CPUS = {"kvm": 2, "tcg": 1}
 _NO_KVM, _NO_MODEL = 99, 98
 
 
@@ -39,7 +43,6 @@ class Wanted:
     arguments: Sequence[str] = ()
     append: Sequence[str] = ()
     tested: int | None = None
-    cpus: int = 2
     timeout: float = 1800.0
     waiting: Callable[[float | None], None] = lambda seconds: None
 
@@ -73,7 +76,7 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
             kernel,
             ["sh", "-c", _WITH_KVM, "sh", *inside],
             accel=accelerator,
-            cpus=wanted.cpus,
+            cpus=_CPUS[accelerator],
             append=wanted.append,
             rw_dir=folder,
             timeout=wanted.timeout + _BOOT_SECONDS,

@@ -76,11 +76,12 @@ def explore_model(
             kvm, cpuids, [machine], host, most=programs, seconds=seconds, seed_number=seed, progress=progress
         )
     head = f"{done.programs} programs in {done.seconds:.1f} s, seed {seed}, model {model}: "
+    again = "" if done.steady else " (once, and not again when the same program was run anew)"
     if done.divergence is None:
         return Outcome(f"{head}no divergence\n", True)
     found = done.divergence
     lines = [
-        f"{head}the kernel does otherwise",
+        f"{head}the kernel does otherwise{again}",
         "",
         written(found.program, found.kernel, between="\n"),
         "",

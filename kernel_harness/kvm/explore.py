@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm
@@ -42,11 +43,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Exploration:
-    """How many programs were run, in how many seconds, and what was found."""
+    """How many programs were run, in how many seconds, and what was found.
+
+    steady is False if the kernel did so once and not again when the same program was run anew.
+    """
 
     programs: int
     seconds: float
     divergence: Divergence | None
+    steady: bool = True
 
 
 class _DivergenceFound(Exception):
@@ -138,6 +143,8 @@ def explore(
     began = time.monotonic()
     count = 0
     found: Divergence | None = None
+    last: Divergence | None = None
+    steady = True
 
     @seed(seed_number)
     @settings(
@@ -151,8 +158,8 @@ def explore(
     )
     @given(programs)
     def agrees(program: Program) -> None:
-        nonlocal count
-        if found is None and time.monotonic() - began > seconds:
+        nonlocal count, last
+        if last is None and time.monotonic() - began > seconds:
             return
         count += 1
         progress(min(count, most), most)
@@ -162,12 +169,15 @@ def explore(
             at = first_difference(kernel, model)
             if at is not None:
                 cut = Program(program.profile, program.operations[: at + 1])
-                raise _DivergenceFound(Divergence(machine, cut, tuple(kernel[: at + 1]), tuple(model[: at + 1]), at))
+                last = Divergence(machine, cut, tuple(kernel[: at + 1]), tuple(model[: at + 1]), at)
+                raise _DivergenceFound(last)
 
     try:
         agrees()
     except _DivergenceFound as error:
         found = error.divergence
+    except Flaky:
+        found, steady = last, False
     finally:
         bench.close()
-    return Exploration(count, time.monotonic() - began, found)
+    return Exploration(count, time.monotonic() - began, found, steady)

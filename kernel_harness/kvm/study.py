@@ -114,6 +114,7 @@ def _explored(
                 entry.divergence = written(found.program, found.kernel)
                 said = found.model[found.at]
                 entry.model_says = "nothing" if said is None else format_answer(said)
+                entry.steady = done.steady
             entries.append(entry)
         if found is None:
             break

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
-from probe.kvm_record import FitEntry, KvmRecord, RowEntry
+from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry
 from probe.masks import format_bits, parse_hex64
 from probe.models.matrix import CELLS
 from probe.report.layout import WIDTH, field, fields, joined, paragraph
@@ -74,10 +74,17 @@ def _models(record: KvmRecord) -> list[str]:
 def _explored(record: KvmRecord) -> list[str]:
     lines: list[str] = []
     for entry in record.explored:
-        found = f"differs: {entry.divergence}, not {entry.model_says}" if entry.divergence else "no divergence"
+        found = _found(entry)
         text = f"{entry.programs} random programs (seed {entry.seed}) against {entry.model}: {found}"
         lines += field("explored" if not lines else "", text)
     return ["", *lines] if lines else []
+
+
+def _found(entry: ExploredEntry) -> str:
+    if not entry.divergence:
+        return "no divergence"
+    once = "" if entry.steady else " (once, and not again)"
+    return f"differs{once}: {entry.divergence}, not {entry.model_says}"
 
 
 def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
@@ -93,7 +100,7 @@ def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
             continue
         lines += paragraph(", ".join(record.explained_by) or "no model", head, " " * 26)
         for entry in record.explored:
-            found = f"differs: {entry.divergence}, not {entry.model_says}" if entry.divergence else "no divergence"
+            found = _found(entry)
             lines += paragraph(f"{entry.model}: {entry.programs} random programs: {found}", " " * 26, " " * 28)
     models = [fit.model for fit in next((record.fits for _, record, _ in records if record is not None), [])]
     measured = [record for _, record, _ in records if record is not None]
