@@ -446,8 +446,9 @@ def _boot(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
         waiting=_Waiting(),
     )
-    booted = study_kernels(arguments.kernels.split(","), wanted, _say)
-    for one in booted:
+    booted = []
+    for one in study_kernels(arguments.kernels.split(","), wanted, _say):
+        booted.append(one)
         if one.record is None:
             continue
         one.record.tool.arguments = without_paths(arguments.argv)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,13 +124,11 @@ class Booted:
     error: ProbeError | None = None
 
 
-def study_kernels(specs: Sequence[str], wanted: Wanted, say: Say) -> list[Booted]:
-    """Study several kernels one after the other; one that fails costs no other."""
-    done = []
+def study_kernels(specs: Sequence[str], wanted: Wanted, say: Say) -> Iterator[Booted]:
+    """Study several kernels one after the other; one that fails costs no other, and each is yielded when it is done."""
     for spec in specs:
         try:
-            done.append(Booted(spec, study_in_guest(spec, wanted, say)))
+            yield Booted(spec, study_in_guest(spec, wanted, say))
         except ProbeError as error:
             say(f"{spec}: {error}")
-            done.append(Booted(spec, None, error))
-    return done
+            yield Booted(spec, None, error)
