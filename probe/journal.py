@@ -188,6 +188,9 @@ def file_away(leftover: Leftover) -> None:
     sync_directory(leftover.path.parent)
 
 
+_FULL = "free some space, or give another folder: --state-dir DIR"
+
+
 class Journal:
     """The journal of one run; see the module's text for its lines.
 
@@ -234,14 +237,14 @@ class Journal:
                 b'{"ev": "intent", "step": "%s", "mask": "0x%016x"}' % (step.encode("ascii"), mask)
             )  # on the hot path
         except OSError as error:
-            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
+            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}", _FULL) from error
 
     def rebased(self, cpu: int, value: int) -> None:
         """Put on disk what a register is to be put back to from now on; return only when it is there."""
         try:
             self._append(json.dumps({"ev": "rebased", "cpu": cpu, "value": hex64(value)}).encode())
         except OSError as error:
-            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}") from error
+            raise ProbeError(f"cannot append to the journal {self.path}: {error.strerror}", _FULL) from error
 
     def restored(self, by: str, proof: Sequence[Restored]) -> None:
         """Note that the registers were put back, and by whom."""

@@ -305,6 +305,9 @@ def encode(record: Record) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
 
 
+_VALID = "spec-ctrl-probe schema prints what is valid"
+
+
 class _Head(Struct):
     schema_version: str
 
@@ -319,7 +322,9 @@ def decode(raw: bytes, name: str) -> Record:
         head = msgspec.json.decode(raw, type=_Head)
         major = head.schema_version.partition(".")[0]
         if not re.match(r"[0-9]{1,9}\.[0-9]{1,9}\Z", head.schema_version):
-            raise RecordError(f"{name} is no record: schema_version {head.schema_version[:20]!r} is not major.minor")
+            raise RecordError(
+                f"{name} is no record: schema_version {head.schema_version[:20]!r} is not major.minor", _VALID
+            )
         if int(major) != SCHEMA_MAJOR:
             raise RecordError(
                 f"{name} is a record of version {head.schema_version}; this tool reads {SCHEMA_MAJOR}.x",
@@ -327,15 +332,13 @@ def decode(raw: bytes, name: str) -> Record:
             )
         record = msgspec.json.decode(raw, type=Record)
     except msgspec.ValidationError as error:
-        raise RecordError(
-            f"{name} is no valid record: {error}", "spec-ctrl-probe schema prints what is valid"
-        ) from error
+        raise RecordError(f"{name} is no valid record: {error}", _VALID) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{name} cannot be read: {error}", "it is cut or was never a JSON file") from error
     try:
         _check(record)
     except RecordError as error:
-        raise RecordError(f"{name} is no valid record: {error.message}") from error
+        raise RecordError(f"{name} is no valid record: {error.message}", _VALID) from error
     return record
 
 
