@@ -20,7 +20,7 @@ from probe.models.machine import Host, first_difference
 from probe.models.matrix import Fit, Measured, answers_of, program_of
 from probe.models.profile import NAMED, Profile, parse_profile
 from probe.models.program import Answer, Program, format_answer, written
-from probe.record import Kernel, Machine, Mask, Time, Tool, Version
+from probe.record import Kernel, Machine, Mask, Time, Tool, Version, closed_schema
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
 SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
@@ -258,12 +258,4 @@ def decode(raw: bytes, name: str) -> KvmRecord:
 
 def schema() -> dict[str, Any]:
     """Return the record's JSON Schema 2020-12; it allows no additional properties."""
-    document = msgspec.json.schema(KvmRecord)
-    for definition in document["$defs"].values():
-        if definition.get("type") == "object" and "properties" in definition:
-            definition["additionalProperties"] = False
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"{SCHEMA_ID}.{SCHEMA_MINOR}",
-        **document,
-    }
+    return closed_schema(KvmRecord, f"{SCHEMA_ID}.{SCHEMA_MINOR}")

@@ -369,12 +369,17 @@ def schema() -> dict[str, Any]:
 
     It allows no additional properties: it says what this version writes. Reading is more lenient, see decode().
     """
-    document = msgspec.json.schema(Record)
+    return closed_schema(Record, f"{SCHEMA_ID}.{SCHEMA_MINOR}")
+
+
+def closed_schema(kind: type[Struct], identity: str) -> dict[str, Any]:
+    """Return a struct's JSON Schema 2020-12, without additional properties anywhere."""
+    document = msgspec.json.schema(kind)
     for definition in document["$defs"].values():
         if definition.get("type") == "object" and "properties" in definition:
             definition["additionalProperties"] = False
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"{SCHEMA_ID}.{SCHEMA_MINOR}",
+        "$id": identity,
         **document,
     }

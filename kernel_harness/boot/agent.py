@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +12,7 @@ from pathlib import Path
 from msgspec import UNSET
 
 from kernel_harness.boot import guest, kernels, register_model
-from kernel_harness.boot.cache import Say, default_cache, storage_error
+from kernel_harness.boot.cache import Say, default_cache, run_folder
 from probe import record as rec
 from probe.cpuid.dumps import Dump, format_raw
 from probe.errors import GuestLost, Interrupted, NotRestored, ProbeError, RequirementMissing, UsageError
@@ -75,13 +72,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
         module = register_model.build(kernel, cache, say)
         environment["REGISTER"] = " ".join(parameters)
         command = ["sh", "-c", _WITH_MODULE, str(module), *command]
-    try:
-        (cache / "runs").mkdir(parents=True, exist_ok=True)
-        _sweep(cache / "runs")
-        folder = Path(tempfile.mkdtemp(dir=cache / "runs"))
-    except OSError as error:
-        raise storage_error("create a folder in", cache / "runs", error) from error
-    try:
+    with run_folder(cache) as folder:
         command += ["--record", str(folder / "record.json"), "--state-dir", _STATE, *wanted.arguments]
         if wanted.cpuid is not None:
             (folder / "cpuid.txt").write_text(format_raw(wanted.cpuid.cpus), encoding="ascii")
@@ -104,8 +95,6 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
         if not path.exists():
             raise ended_without_record(result)
         record = read_record(str(path))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if wanted.cpuid is not None and record.predicted_from is not UNSET:
         record.predicted_from.form = wanted.cpuid.form
     record.place = rec.Place(
@@ -139,13 +128,6 @@ def ended_without_record(result: guest.GuestResult) -> ProbeError:
     return GuestLost(
         f"the agent in the guest ended with exit code {result.returncode} and no record: {last}", "run it again"
     )
-
-
-def _sweep(runs: Path) -> None:
-    """Remove what runs that were killed have left; none takes a day."""
-    for folder in runs.iterdir():
-        if time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _module_parameters(text: str) -> list[str]:

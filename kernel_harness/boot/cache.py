@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,28 @@ def default_cache() -> Path:
         return Path(chosen).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "spec-ctrl-probe"
+
+
+@contextmanager
+def run_folder(cache: Path) -> Iterator[Path]:
+    """Make a folder for what goes into one guest and comes out of it, and remove it at the end.
+
+    What runs that were killed have left is removed too; none takes a day.
+    """
+    runs = cache / "runs"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for old in runs.iterdir():
+            with suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > 86400:
+                    shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=runs))
+    except OSError as error:
+        raise storage_error("create a folder in", runs, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def storage_error(doing: str, path: Path, error: OSError) -> ProbeError:

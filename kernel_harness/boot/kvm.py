@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_harness.boot import guest, kernels, register_model
 from kernel_harness.boot.agent import ended_without_record
-from kernel_harness.boot.cache import Say, default_cache, storage_error
+from kernel_harness.boot.cache import Say, default_cache, run_folder
 from probe import kvm_record
 from probe.errors import ProbeError, RequirementMissing
 from probe.masks import hex64
@@ -64,12 +62,7 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
     if wanted.tested is not None:
         environment["MODULE"] = str(register_model.build(kernel, cache, say))
         environment["MASK"] = f"{wanted.tested:#x}"
-    try:
-        (cache / "runs").mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=cache / "runs"))
-    except OSError as error:
-        raise storage_error("create a folder in", cache / "runs", error) from error
-    try:
+    with run_folder(cache) as folder:
         say(f"booting {kernel.name} {kernel.release} under {accelerator.upper()} ({why})")
         inside = [sys.executable, "-m", "probe", "kvm", "--record", str(folder / "kvm.json"), *wanted.arguments]
         result = guest.run(
@@ -89,8 +82,6 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         if not path.exists():
             raise _no_record(kernel, result)
         record = kvm_record.decode(path.read_bytes(), f"the record of {kernel.name}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     record.guest = kvm_record.GuestPlace(
         kernel=kernel.name,
         kernel_version=kernel.version,
