@@ -14,6 +14,7 @@ from hypothesis.errors import Flaky
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm
 from kernel_harness.kvm.runner import Cpuids, Laboratory
+from probe.errors import GuestLost
 from probe.models.machine import SPEC_CTRL, Host, Machine, answers, first_difference
 from probe.models.profile import ALL_FEATURES, NAMED, NONE, Profile
 from probe.models.program import IN_GUEST, Answer, Kind, Operation, Program
@@ -176,7 +177,9 @@ def explore(
         agrees()
     except _DivergenceFound as error:
         found = error.divergence
-    except Flaky:
+    except Flaky as error:
+        if last is None:
+            raise GuestLost(f"a program went wrong once and not again: {error}", "run it again") from error
         found, steady = last, False
     finally:
         bench.close()

@@ -95,7 +95,10 @@ def _asks_hardware(profile: Profile, host: Host) -> int | None:
 RECOMPUTE_SHADOW = (
     "shadow"  # <= v6.16: a filter change applies what accepted writes have decided; nothing else undoes it
 )
-RECOMPUTE_VALUE = "value"  # v6.17+: KVM_SET_CPUID2 and filter changes decide anew, from the stored value
+# v6.17+: creation, KVM_SET_CPUID2 and filter changes ask for a new decision, which the next entry takes from the value
+# that is stored then (KVM_REQ_RECALC_INTERCEPTS). Measured on Debian's 7.2.13: a host write of 1 and then of 0 before
+# the first entry lets nobody through.
+RECOMPUTE_VALUE = "value"
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,18 @@ class KvmMachine:
 
     def start(self, profile: Profile, host: Host) -> State:
         """Return a fresh vCPU."""
-        state = State(profile, host, register=host.hardware.start)
+        state = State(profile, host, register=host.hardware.start, pending=self.recompute == RECOMPUTE_VALUE)
         if self._is_virtual(host):
-            return replace(state, register=0, direct=self.virtual == "always" or self._open(state))
+            return replace(state, register=0, direct=self.virtual == "always" or self._open(state), pending=False)
         return state
 
+    def enter(self, state: State) -> State:
+        """Decide anew whether the guest is let through, if that is asked for."""
+        return replace(state, direct=state.value != 0, pending=False) if state.pending else state
+
     def _intercepts(self, state: State, denied: int) -> bool:
-        return not state.direct or state.denied & denied != 0
+        direct = state.value != 0 if state.pending else state.direct
+        return not direct or state.denied & denied != 0
 
     def writable(self, state: State, *, by_host: bool) -> int | None:
         """Return the mask of the bits that a write may have; None if every write is refused, of 0 too."""
@@ -205,8 +213,8 @@ class KvmMachine:
         return self._recomputed(replace(state, denied=denied))
 
     def init(self, state: State) -> State:
-        """Clear the stored value; whether that intercepts again depends on the era."""
-        state = replace(state, value=0)
+        """Clear the stored value, as the vCPU enters; whether that intercepts again depends on the era."""
+        state = replace(self.enter(state), value=0)
         if self._is_virtual(state.host):
             return self._recomputed(state)
         return replace(state, direct=state.direct and not self.init_intercepts)
@@ -214,9 +222,7 @@ class KvmMachine:
     def _recomputed(self, state: State) -> State:
         if self._is_virtual(state.host):
             return replace(state, direct=self.virtual == "always" or self._open(state))
-        if self.recompute == RECOMPUTE_VALUE:
-            return replace(state, direct=state.value != 0)
-        return state
+        return replace(state, pending=self.recompute == RECOMPUTE_VALUE)
 
 
 _C416V = 'Linux commit d28b387fb74d ("KVM/VMX: Allow direct access to MSR_IA32_SPEC_CTRL") (in v4.16)'

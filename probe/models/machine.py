@@ -13,7 +13,7 @@ from typing import Protocol
 
 from probe.masks import ALL_BITS
 from probe.models.profile import Profile
-from probe.models.program import Answer, Kind, Operation, Program, Word
+from probe.models.program import IN_GUEST, Answer, Kind, Operation, Program, Word
 
 SPEC_CTRL = 0x48
 DENY_READ, DENY_WRITE = 1, 2
@@ -55,7 +55,8 @@ class State:
     """One vCPU as a model sees it.
 
     value is what the hypervisor stores, register what the guest reads where it is let through (64 bits each); direct:
-    guest accesses are not intercepted; denied: a mask of DENY_READ and DENY_WRITE (the MSR filter).
+    guest accesses are not intercepted; pending: that is decided anew at the next entry; denied: a mask of DENY_READ and
+    DENY_WRITE (the MSR filter).
     """
 
     profile: Profile
@@ -63,6 +64,7 @@ class State:
     value: int = 0
     register: int = 0
     direct: bool = False
+    pending: bool = False
     denied: int = 0
 
 
@@ -87,6 +89,9 @@ class Machine(Protocol):
 
     def start(self, profile: Profile, host: Host) -> State:
         """Return a fresh vCPU."""
+
+    def enter(self, state: State) -> State:
+        """Return the state in which the guest runs: what waits for the next entry is done."""
 
     def writable(self, state: State, *, by_host: bool) -> int | None:
         """Return the mask of the bits that a write may have; None if every write is refused, of 0 too."""
@@ -118,6 +123,8 @@ def step(machine: Machine, state: State, operation: Operation) -> tuple[State, A
     kind = operation.kind
     by_host = kind in (Kind.HOST_SET, Kind.HOST_GET)
     no = Word.REFUSED if by_host else Word.GP
+    if kind in IN_GUEST:
+        state = machine.enter(state)
     if kind in (Kind.HOST_SET, Kind.GUEST_WR):
         writable = machine.writable(state, by_host=by_host)
         if writable is None:

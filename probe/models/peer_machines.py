@@ -61,6 +61,10 @@ class PeerMachine:
         """Return a fresh vCPU."""
         return State(profile, host)
 
+    def enter(self, state: State) -> State:
+        """Do nothing: nothing waits for an entry."""
+        return state
+
     def writable(self, state: State, *, by_host: bool) -> int | None:
         """Return the mask of the bits that a write may have; None if every write is refused, of 0 too."""
         if by_host:
@@ -114,6 +118,10 @@ class PassThrough:
 
     def _there(self, state: State) -> bool:
         return state.host.hardware.exists and state.profile.mask & _KVM_GATE != 0
+
+    def enter(self, state: State) -> State:
+        """Do nothing: nothing waits for an entry."""
+        return state
 
     def writable(self, state: State, *, by_host: bool) -> int | None:
         """Ask the hardware; the guest also needs its CPUID."""

@@ -87,6 +87,10 @@ def run(machine: str, text: str, host: Host = WITHOUT_V) -> str:
         # 6.17 decides anew from the value; kvm_amd also at INIT.
         ("kvm-6.14", "profile empty; host-set 0x48 0x1; host-set 0x48 0x0; allow; guest-wr 0x48 0x1", "ok ok ok ok"),
         ("kvm-6.17", "profile empty; host-set 0x48 0x1; host-set 0x48 0x0; allow; guest-wr 0x48 0x1", "ok ok ok gp"),
+        # ... at the next entry, from the value that is stored then.
+        ("kvm-6.17", "profile none; host-set 0x48 0x1; host-set 0x48 0x0; guest-wr 0x48 0x0", "ok ok gp"),
+        ("kvm-6.14", "profile none; host-set 0x48 0x1; host-set 0x48 0x0; guest-wr 0x48 0x0", "ok ok ok"),
+        ("kvm-6.17", "profile none; guest-rd 0x48; host-set 0x48 1; host-set 0x48 0; guest-wr 0x48 0", "gp ok ok ok"),
         ("kvm-6.17", "profile empty; host-set 0x48 0x1; init; host-get 0x48; guest-wr 0x48 0x1", "ok ok 0x0 ok"),
         ("kvm-6.17-svm", "profile empty; host-set 0x48 0x1; init; host-get 0x48; guest-wr 0x48 0x1", "ok ok 0x0 gp"),
         # What is loaded at entry: bits 63:32 from 6.19 on, bits above SSBD from 5.19 on.
