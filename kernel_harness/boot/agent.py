@@ -124,7 +124,7 @@ def ended_without_record(result: guest.GuestResult) -> ProbeError:
     kind = _ENDS.get(result.returncode)
     if kind is not None and lines:
         return kind("in the guest: " + lines[-1].partition("spec-ctrl-probe: ")[2])
-    last = " | ".join(lines[-3:]) or "nothing"
+    last = " | ".join(line.strip() for line in lines[-3:]) or "nothing"
     return GuestLost(
         f"the agent in the guest ended with exit code {result.returncode} and no record: {last}", "run it again"
     )
