@@ -7,6 +7,7 @@ PROBE_REQUIRE=boot,kvm turns such a skip into a failure. --update-golden rewrite
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,14 @@ _counts: dict[str, dict[str, int]] = {}
 
 def tier_of(item: pytest.Item) -> str:
     return next((name for name in TIERS if item.get_closest_marker(name)), "unit")
+
+
+def pytest_configure() -> None:
+    """Undo that a shell lets what it starts in the background ignore SIGINT and SIGQUIT: tests send them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
