@@ -20,6 +20,8 @@ _BOOT_SECONDS = 240.0
 # Constant text. Both vendors' modules are tried: the one that fits the (emulated) CPU loads.
 _WITH_KVM = (
     "modprobe kvm_amd 2>/run/kvm_amd || modprobe kvm_intel 2>/run/kvm_intel || { cat /run/kvm_* >&2; exit 99; }; "
+    # the cpuid driver tells what the instruction, as Python reads it, does not: the hypervisor's name
+    "modprobe cpuid 2>/dev/null; "
     '[ -z "$MODULE" ] || insmod "$MODULE" kvm_test=1 kvm_valid="$MASK" || exit 98; exec "$@"'
 )
 # Creating the first VM patches the scheduler's code (preempt_notifier_key, a static key). With several emulated CPUs

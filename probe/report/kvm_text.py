@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry
-from probe.masks import format_bits, parse_hex64
+from probe.masks import format_bits, hex64, parse_hex64
 from probe.models.matrix import CELLS
 from probe.report.layout import WIDTH, field, fields, joined, paragraph
 
@@ -30,7 +30,7 @@ def _machine(record: KvmRecord) -> list[str]:
     where = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
     lines = field("machine", f"{where} (CPUID.1:EAX {machine.signature}) {machine.brand}".rstrip())
     if machine.under_hypervisor:
-        lines += field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
+        lines += field("", f"under hypervisor {machine.hypervisor or '(its name was not read)'}")
     lines += field("kernel", f"{record.kernel.release} {record.kernel.version}")
     if record.kernel.cmdline:
         lines += field("", " ".join(record.kernel.cmdline))
@@ -43,20 +43,26 @@ def _machine(record: KvmRecord) -> list[str]:
         )
         if guest.tested is not UNSET:
             lines += field("", f"KVM's own test of a value was made to accept {guest.tested} (spec_ctrl_model)")
-    lines += field("hardware", f"tried by KVM   {hardware.tested}  bits {_bits(hardware.tested)}")
-    lines += field("", f"in the guest   {hardware.valid}  bits {_bits(hardware.valid)}")
-    lines += field("", f"reads back     {hardware.keep}  bits {_bits(hardware.keep)}")
-    lines += field(
-        "",
-        "loaded and saved at VM entry and exit"
-        if hardware.switched
-        else "not loaded at VM entry: X86_FEATURE_MSR_SPEC_CTRL is off on this host",
-    )
+    lines += field("register", f"KVM_SET_MSRS takes   {hardware.tested}  bits {_bits(hardware.tested)}")
+    lines += field("", f"a guest let through  {hardware.valid}  bits {_bits(hardware.valid)}")
+    lines += field("", f"and reads back       {hardware.keep}  bits {_bits(hardware.keep)}")
+    lines += field("", _switched(record))
     lines += field("CPUID", f"host: {hardware.host_cpuid.replace(',', ', ')}")
     lines += field("", f"offered to guests: {hardware.supported_cpuid.replace(',', ', ')}")
     profiles = sum(len(row.profiles) for row in record.rows)
     lines += field("run", f"{record.started}, {record.duration:.1f} s, {profiles} profiles, {record.tool.version}")
     return lines
+
+
+def _switched(record: KvmRecord) -> str:
+    """Say whether VM entry loads what the host has written; where KVM itself does not keep that, nobody can tell."""
+    fresh = next((row.cells for row in record.rows if "none" in row.profiles), {})
+    zero = hex64(0)
+    if fresh.get("host_first", zero) == zero or fresh.get("host_first_kept", zero) == zero:
+        return "whether VM entry loads it cannot be told: KVM keeps no host write, or none was measured (profile none)"
+    if record.hardware.switched:
+        return "loaded and saved at VM entry and exit"
+    return "not loaded at VM entry: X86_FEATURE_MSR_SPEC_CTRL is off on this host"
 
 
 def _bits(mask: str) -> str:
@@ -102,6 +108,8 @@ def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
         for entry in record.explored:
             found = _found(entry)
             lines += paragraph(f"{entry.model}: {entry.programs} random programs: {found}", " " * 26, " " * 28)
+    if all(record is None for _, record, _ in records):
+        return joined(lines)
     models = [fit.model for fit in next((record.fits for _, record, _ in records if record is not None), [])]
     measured = [record for _, record, _ in records if record is not None]
     releases = [record.kernel.release.partition("-")[0] for record in measured]

@@ -79,7 +79,8 @@ def _machine(record: rec.Record) -> list[str]:
     if firmware:
         lines += field("", f"firmware {firmware}")
     if machine.under_hypervisor:
-        lines += field("", f"under hypervisor {machine.hypervisor or '(unnamed)'}")
+        unnamed = "(unnamed)" if "/dev/cpu/N/cpuid" in record.cpuid.sources else "(its name was not read)"
+        lines += field("", f"under hypervisor {machine.hypervisor or unnamed}")
     lines += field("kernel", f"{kernel.release}, lockdown {kernel.lockdown}, {_taint(kernel)}")
     if kernel.cmdline:
         lines += field("", " ".join(kernel.cmdline))

@@ -37,6 +37,8 @@ def test_debian_12_follows_the_hardware_test_behind_the_gate_of_5_11(capsys: pyt
     assert not any(entry.divergence for entry in record.explored)
     assert record.kernel.release.startswith("6.1.")
     assert record.kvm.backend == "kvm_amd"
+    assert record.machine.hypervisor == "TCGTCGTCGTCG"
+    assert "not loaded at VM entry" in " ".join(kvm_text.render(record).split())
     assert masks_of(record, "psfd-only")["guest_zero"] == hex64(0), "AMD_PSFD opens no gate"
     assert masks_of(record, "zen2-client-2020")["guest_first"] == hex64(ALL_BITS)
     assert masks_of(record, "empty")["guest_first"] == hex64(0)

@@ -26,6 +26,7 @@ from kernel_harness.kvm.runner import Cpuids, Laboratory, run_program
 from kernel_harness.kvm.study import default_profiles, study
 from probe import kvm_record
 from probe.errors import GuestLost, KvmError, RequirementMissing, UsageError
+from probe.masks import hex64
 from probe.models.machine import answers
 from probe.models.machines import MACHINES
 from probe.models.matrix import CELLS, holds, program_of
@@ -270,6 +271,8 @@ def test_this_kernel_is_explained_and_the_record_holds_it(kvm: Kvm) -> None:
     report = kvm_text.render(record)
     assert all(len(line) <= 75 and line == line.rstrip() for line in report.splitlines())
     assert record.explained_by[0] in report.splitlines()[0]
+    fresh = next(row.cells for row in record.rows if "none" in row.profiles)
+    assert ("cannot be told" in report) == (hex64(0) in (fresh["host_first"], fresh["host_first_kept"]))
     assert not re.search(r"/(root|home|tmp)\b", kvm_record.encode(record).decode())
 
 
