@@ -168,6 +168,12 @@ def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="MASK",
         help="make KVM's own test of a value accept just these bits, such as 0x6 (an emulated CPU accepts every bit)",
     )
+    boot.add_argument(
+        "--cpu",
+        type=_profile,
+        metavar="NAME|BITS",
+        help="give the emulated CPU these CPUID bits (it has none of its own), such as zen2-client,V_SPEC_CTRL",
+    )
     boot.add_argument("--record-dir", metavar="DIR", help="folder for the records (default: below results/)")
     boot.add_argument("--timeout", type=_seconds, default=1800.0, metavar="S", help="per kernel (default 1800)")
     boot.add_argument(
@@ -193,6 +199,12 @@ def _add_matrix_options(parser: argparse.ArgumentParser) -> None:
         help="also run N random programs on each model that explains it",
     )
     which.add_argument("--seed", type=_many, default=1, metavar="N", help="of these programs (default 1)")
+    which.add_argument(
+        "--write",
+        action="store_true",
+        help="afterwards, ask the msr driver of one CPU, too, bit by bit (taints the kernel, see run)",
+    )
+    which.add_argument("--state-dir", metavar="DIR", help="folder for its journal (default /var/lib/spec-ctrl-probe)")
     which.add_argument("--jobs", type=_count, metavar="N", help="processes (default: one for each CPU)")
     output = parser.add_argument_group("output")
     output.add_argument("--record", metavar="PATH", help="where to write the record; - for standard output")

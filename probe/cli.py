@@ -386,7 +386,7 @@ def _run_in_kvm(arguments: argparse.Namespace) -> int:
     if other:
         raise UsageError(f"{other[0]} does not go with --in kvm", "see: spec-ctrl-probe kvm --help")
     arguments.profile, arguments.all_profiles, arguments.jobs, arguments.kvm_command = None, False, None, None
-    arguments.programs, arguments.seed = 0, 1
+    arguments.programs, arguments.seed, arguments.write, arguments.state_dir = 0, 1, False, None
     return _kvm(arguments)
 
 
@@ -397,6 +397,7 @@ def _kvm(arguments: argparse.Namespace) -> int:
         return _kvm_explore(arguments)
     from kernel_harness.kvm.study import all_profiles, study
     from probe import kvm_record, store
+    from probe.journal import STATE_DIR
     from probe.models.profile import parse_profile
     from probe.report import kvm_text
 
@@ -411,7 +412,9 @@ def _kvm(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         programs=arguments.programs,
         seed=arguments.seed,
+        driver=Path(arguments.state_dir or STATE_DIR) if arguments.write else None,
         progress=_Progress("profiles"),
+        say=_say,
     )
     raw = kvm_record.encode(record)
     if arguments.json or arguments.record == "-":
@@ -422,12 +425,13 @@ def _kvm(arguments: argparse.Namespace) -> int:
     if arguments.record != "-":
         path = Path(arguments.record) if arguments.record else store.default_kvm_path(record)
         _say(f"record: {store.write_atomically(raw, path, replace=arguments.record is not None)}")
-    return int(ExitCode.AS_PREDICTED if record.explained_by else ExitCode.FINDINGS)
+    return int(ExitCode.AS_PREDICTED if kvm_record.as_predicted(record) else ExitCode.FINDINGS)
 
 
 def _boot(arguments: argparse.Namespace) -> int:
     from kernel_harness.boot.kvm import Wanted, study_kernels
     from probe import kvm_record, store
+    from probe.models.profile import parse_profile
     from probe.report import kvm_text
 
     inside = [word for word in arguments.inside if word != "--"] or ["kvm"]
@@ -443,6 +447,7 @@ def _boot(arguments: argparse.Namespace) -> int:
         arguments=inside[1:],
         append=arguments.append.split(),
         tested=arguments.tested,
+        cpu=None if arguments.cpu is None else parse_profile(arguments.cpu),
         timeout=arguments.timeout,
         waiting=_Waiting(),
     )
@@ -461,7 +466,7 @@ def _boot(arguments: argparse.Namespace) -> int:
     errors = [one.error for one in booted if one.error is not None]
     if errors and len(errors) == len(booted):
         return int(errors[0].exit_code)
-    explained = all(one.record is not None and one.record.explained_by for one in booted)
+    explained = all(one.record is not None and kvm_record.as_predicted(one.record) for one in booted)
     return int(ExitCode.AS_PREDICTED if explained else ExitCode.FINDINGS)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from probe.errors import RecordError
-from probe.masks import hex64, parse_hex64
+from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.models import machines
 from probe.models.machine import Host, first_difference
 from probe.models.matrix import Fit, Measured, answers_of, program_of
@@ -51,6 +51,7 @@ class HardwareEntry(_Entry):
     host_cpuid: str
     supported_cpuid: str
     start: Mask = hex64(0)
+    pred_cmd: Mask = hex64(0)
 
 
 class RowEntry(_Entry):
@@ -97,8 +98,21 @@ class ExploredEntry(_Entry):
     steady: bool = True
 
 
+class DriverEntry(_Entry):
+    """What the msr driver says of one CPU's own register, asked bit by bit: the masks of bits that it took, that took
+    #GP, and that gave no answer."""
+
+    cpu: int
+    accepts: Mask
+    faults: Mask
+    unanswered: Mask
+
+
 class GuestPlace(_Entry):
-    """The virtual machine that was booted for it. tested: KVM's own test of a value was made to accept this mask."""
+    """The virtual machine that was booted for it.
+
+    tested: KVM's own test of a value was made to accept this mask. cpu: the CPUID bits that the emulated CPU was given.
+    """
 
     kernel: str
     kernel_version: str
@@ -106,12 +120,14 @@ class GuestPlace(_Entry):
     accelerator: str
     qemu: str
     tested: Union[Mask, UnsetType] = UNSET
+    cpu: str = ""
 
 
 class KvmRecord(_Entry):
     """One matrix. started is RFC 3339 in UTC, duration in seconds.
 
-    explained_by names the models that decide every case and have every one right.
+    explained_by names the models that decide every case and have every one right, follows the one of them that stands
+    for this kernel's version ("" if none does, or none explains). driver is there if the msr driver was asked, too.
     """
 
     kind: Literal["kvm"]
@@ -126,6 +142,8 @@ class KvmRecord(_Entry):
     rows: list[RowEntry]
     fits: list[FitEntry]
     explained_by: list[str]
+    follows: str = ""
+    driver: Union[DriverEntry, UnsetType] = UNSET
     explored: list[ExploredEntry] = []
     notes: list[str] = []
     guest: Union[GuestPlace, UnsetType] = UNSET
@@ -149,6 +167,7 @@ def hardware_entry(host: Host) -> HardwareEntry:
         valid=hex64(hardware.valid),
         keep=hex64(hardware.keep),
         start=hex64(hardware.start),
+        pred_cmd=hex64(hardware.pred_cmd),
         switched=host.switched,
         host_cpuid=str(Profile(host.features)),
         supported_cpuid=str(Profile(host.caps)),
@@ -213,10 +232,21 @@ def in_order(fits: Iterable[Fit]) -> list[Fit]:
 
 
 def explaining(fits: Iterable[Fit]) -> list[str]:
-    """Name the models that have every case right and leave none open: an oracle that is silent explains nothing."""
-    fits = list(fits)
-    most = max((fit.cases for fit in fits), default=0)
-    return [fit.model for fit in fits if fit.explains and fit.cases == most > 0]
+    """Name the models that have every case right and leave none open."""
+    return [fit.model for fit in fits if fit.explains]
+
+
+def driver_differs(record: KvmRecord) -> int:
+    """Return the mask of the bits on which the msr driver and KVM's own test of a value disagree; 0 if not asked."""
+    if record.driver is UNSET:
+        return 0
+    answered = ALL_BITS & ~parse_hex64(record.driver.unanswered)
+    return (parse_hex64(record.driver.accepts) ^ parse_hex64(record.hardware.tested)) & answered
+
+
+def as_predicted(record: KvmRecord) -> bool:
+    """Tell whether there is nothing to look into: some model explains every case, and the msr driver agrees."""
+    return bool(record.explained_by) and not driver_differs(record)
 
 
 def encode(record: KvmRecord) -> bytes:

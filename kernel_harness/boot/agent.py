@@ -19,7 +19,7 @@ from probe.errors import GuestLost, Interrupted, NotRestored, ProbeError, Requir
 from probe.store import read_record
 
 _BOOT_SECONDS = 240.0
-_STATE = "/run/spec-ctrl-probe-state"  # in the guest's memory: the guest is thrown away, and its root owns it
+STATE = "/run/spec-ctrl-probe-state"  # in the guest's memory: the guest is thrown away, and its root owns it
 _PARAMETER = re.compile(
     r"(?:valid|dropped|sticky|unreadable|initial|rewrite_mask|rewrite_value|absent|noise|noise_mask|delay_us)"
     r"=(?:0x[0-9a-f]{1,16}|[0-9]+)(?:,(?:0x[0-9a-f]{1,16}|[0-9]+))*\Z"
@@ -73,7 +73,7 @@ def probe_in_guest(wanted: Wanted, say: Say, cache: Path | None = None) -> rec.R
         environment["REGISTER"] = " ".join(parameters)
         command = ["sh", "-c", _WITH_MODULE, str(module), *command]
     with run_folder(cache) as folder:
-        command += ["--record", str(folder / "record.json"), "--state-dir", _STATE, *wanted.arguments]
+        command += ["--record", str(folder / "record.json"), "--state-dir", STATE, *wanted.arguments]
         if wanted.cpuid is not None:
             (folder / "cpuid.txt").write_text(format_raw(wanted.cpuid.cpus), encoding="ascii")
             command += ["--cpuid", str(folder / "cpuid.txt")]

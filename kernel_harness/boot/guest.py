@@ -464,6 +464,14 @@ def qemu_version() -> str:
     return (result.stdout.splitlines() or ["unknown"])[0]
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return the names of the CPUID flags that this QEMU knows, such as "amd-stibp"."""
+    result = subprocess.run(
+        [QEMU, "-cpu", "help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    return frozenset(result.stdout.partition("Recognized CPUID flags:")[2].split())
+
+
 def accelerator(cache: Path, kernel: Kernel | None = None) -> tuple[str, str]:
     """Tell whether guests should run under KVM or TCG; return ("kvm" or "tcg", the reason in words).
 

@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_harness.boot import guest, kernels, register_model
-from kernel_harness.boot.agent import ended_without_record
+from kernel_harness.boot.agent import STATE, ended_without_record
 from kernel_harness.boot.cache import Say, default_cache, run_folder
 from probe import kvm_record
-from probe.errors import ProbeError, RequirementMissing
+from probe.errors import ProbeError, RequirementMissing, UsageError
 from probe.masks import hex64
+from probe.models.profile import Profile, parse_profile
 
 _PACKAGE = Path(__file__).resolve().parents[2]  # the folder that holds probe/ and kernel_harness/
 _BOOT_SECONDS = 240.0
-# Constant text. Both vendors' modules are tried: the one that fits the (emulated) CPU loads.
+# Constant text. Our module comes between kvm, whose function it hooks, and kvm_amd, which looks at the CPU's features
+# when it is loaded. Both vendors' modules are tried: the one that fits the (emulated) CPU loads. The cpuid driver tells
+# what the instruction, as Python reads it, does not: the hypervisor's name.
 _WITH_KVM = (
+    '[ -z "$MODULE" ] || { modprobe kvm && insmod "$MODULE" $PARAMETERS; } || exit 98; '
     "modprobe kvm_amd 2>/run/kvm_amd || modprobe kvm_intel 2>/run/kvm_intel || { cat /run/kvm_* >&2; exit 99; }; "
-    # the cpuid driver tells what the instruction, as Python reads it, does not: the hypervisor's name
-    "modprobe cpuid 2>/dev/null; "
-    '[ -z "$MODULE" ] || insmod "$MODULE" kvm_test=1 kvm_valid="$MASK" || exit 98; exec "$@"'
+    'modprobe cpuid 2>/dev/null; exec "$@"'
 )
 # Creating the first VM patches the scheduler's code (preempt_notifier_key, a static key). With several emulated CPUs
 # one may meet the breakpoint of that patch when it has gone again: "Oops: int3" in finish_task_switch(), each time with
@@ -36,13 +38,15 @@ class Wanted:
     """What to boot, and the arguments of `spec-ctrl-probe kvm` inside; append holds kernel parameters.
 
     tested is a mask that KVM's own test of a value shall accept instead of what the (emulated) hardware accepts, by the
-    module spec_ctrl_model; None leaves the test alone.
+    module spec_ctrl_model; None leaves the test alone. cpu gives the emulated CPU these CPUID bits (see forced_cpu());
+    None leaves it as QEMU has it.
     """
 
     accelerator: str = "auto"
     arguments: Sequence[str] = ()
     append: Sequence[str] = ()
     tested: int | None = None
+    cpu: Profile | None = None
     timeout: float = 1800.0
     waiting: Callable[[float | None], None] = lambda seconds: None
 
@@ -60,13 +64,17 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         accelerator, why = guest.accelerator(cache, kernel)
     else:
         accelerator, why = wanted.accelerator, "asked for"
+    if wanted.cpu is not None and accelerator != "tcg":
+        raise UsageError("--cpu gives CPUID bits to an emulated CPU", "give --accel tcg")
     environment = {"PYTHONPATH": str(_PACKAGE)}
-    if wanted.tested is not None:
+    parameters = _module_parameters(wanted)
+    if parameters:
         environment["MODULE"] = str(register_model.build(kernel, cache, say))
-        environment["MASK"] = f"{wanted.tested:#x}"
+        environment["PARAMETERS"] = " ".join(parameters)
     with run_folder(cache) as folder:
         say(f"booting {kernel.name} {kernel.release} under {accelerator.upper()} ({why})")
-        inside = [sys.executable, "-m", "probe", "kvm", "--record", str(folder / "kvm.json"), *wanted.arguments]
+        inside = [sys.executable, "-m", "probe", "kvm", "--record", str(folder / "kvm.json")]
+        inside += ["--write", "--state-dir", STATE, *wanted.arguments]
         result = guest.run(
             kernel,
             ["sh", "-c", _WITH_KVM, "sh", *inside],
@@ -76,6 +84,7 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
             rw_dir=folder,
             timeout=wanted.timeout + _BOOT_SECONDS,
             env=environment,
+            qemu_opts=[] if wanted.cpu is None else ["-cpu", forced_cpu(wanted.cpu, guest.cpu_flags())],
             cache=cache,
             waiting=wanted.waiting,
         )
@@ -93,7 +102,58 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
     )
     if wanted.tested is not None:
         record.guest.tested = hex64(wanted.tested)
+    if wanted.cpu is not None:
+        record.guest.cpu = str(wanted.cpu)
     return record
+
+
+def _module_parameters(wanted: Wanted) -> list[str]:
+    """Return what our module shall do; nothing if it need not be loaded."""
+    parameters = []
+    if wanted.tested is not None:
+        parameters += ["kvm_test=1", f"kvm_valid={wanted.tested:#x}", f"valid={wanted.tested:#x}"]
+    if wanted.cpu is not None and wanted.cpu.mask & _V_SPEC_CTRL.mask:
+        parameters.append("v_spec_ctrl=1")
+    if parameters and wanted.tested is None:
+        parameters.append(f"msr={_NO_MSR:#x}")  # the msr driver keeps the emulated CPU's register
+    return parameters
+
+
+# QEMU's names of our CPUID bits. It has none for V_SPEC_CTRL, in which our module makes the kernel believe.
+_QEMU_FLAGS = {
+    "SPEC_CTRL": "spec-ctrl",
+    "INTEL_STIBP": "stibp",
+    "SPEC_CTRL_SSBD": "ssbd",
+    "INTEL_PSFD": "psfd",
+    "IPRED_CTRL": "ipred-ctrl",
+    "RRSBA_CTRL": "rrsba-ctrl",
+    "DDPD_U": "ddpd-u",
+    "BHI_CTRL": "bhi-ctrl",
+    "AMD_IBPB": "ibpb",
+    "AMD_IBRS": "ibrs",
+    "AMD_STIBP": "amd-stibp",
+    "AMD_SSBD": "amd-ssbd",
+    "VIRT_SSBD": "virt-ssbd",
+    "AMD_PSFD": "amd-psfd",
+}
+_V_SPEC_CTRL = parse_profile("V_SPEC_CTRL")
+_NO_MSR = 0xFFFFFFFF
+
+
+def forced_cpu(profile: Profile, known: Collection[str]) -> str:
+    """Return QEMU's -cpu for an emulated CPU with these CPUID bits, which TCG itself would not offer.
+
+    known are the flags that this QEMU has names for. Raise UsageError for a bit that it cannot be given.
+    """
+    names = []
+    for bit in profile.bits():
+        flag = _QEMU_FLAGS.get(bit.name, "")
+        if flag in known:
+            names.append(f"{flag}=on")
+        elif bit.name != "V_SPEC_CTRL":
+            can = ", ".join(name for name, flag in _QEMU_FLAGS.items() if flag in known)
+            raise UsageError(f"this QEMU cannot give a CPU {bit.name}", f"it can: {can}; we can: V_SPEC_CTRL")
+    return ",".join(["max", "x-force-features=on", *names])
 
 
 def _no_record(kernel: kernels.Kernel, result: guest.GuestResult) -> ProbeError:
@@ -103,7 +163,8 @@ def _no_record(kernel: kernels.Kernel, result: guest.GuestResult) -> ProbeError:
     if result.returncode == _NO_MODEL:
         said = " ".join(result.stderr.split()) or "insmod said nothing"
         return RequirementMissing(
-            f"{kernel.name}: KVM's test of a value cannot be given a mask: {said}", "it needs Linux v5.9 or newer"
+            f"{kernel.name}: our module spec_ctrl_model cannot be loaded for --tested or --cpu: {said}",
+            "--tested needs Linux v5.9 or newer",
         )
     return ended_without_record(result)
 

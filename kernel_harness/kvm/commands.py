@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure_host
 from kernel_harness.kvm.runner import Cpuids, run_program
-from probe.cpuid.machine import read_machine
 from probe.errors import RequirementMissing
 from probe.models import machines
 from probe.models.machine import answers
-from probe.models.profile import profile_of
 from probe.models.program import Answer, format_answer, parse, written
 
 
@@ -35,7 +34,7 @@ def replay(text: str, model: str = "") -> Outcome:
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
         seen = run_program(kvm, cpuids, program)
-        said = answers(machine, program, measure_host(kvm, cpuids, _features())) if machine is not None else None
+        said = answers(machine, program, measure_host(kvm, cpuids, features())) if machine is not None else None
     lines = [f"profile {program.profile}"]
     as_expected = True
     for number, operation in enumerate(program.operations):
@@ -71,7 +70,7 @@ def explore_model(
     machine = machines.get(model)
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
-        host = measure_host(kvm, cpuids, _features())
+        host = measure_host(kvm, cpuids, features())
         done = explore(
             kvm, cpuids, [machine], host, most=programs, seconds=seconds, seed_number=seed, progress=progress
         )
@@ -94,9 +93,3 @@ def explore_model(
 
 def _said(answer: Answer | None) -> str:
     return "nothing" if answer is None else format_answer(answer)
-
-
-def _features() -> int:
-    """Return the features that this host's own CPUID reports."""
-    cpus = read_machine((0,)).cpus
-    return profile_of(cpus[min(cpus)]).mask

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from kernel_harness.kvm.guest_code import READ, WRITE, Step
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.runner import Cpuids, Laboratory
-from probe.models.machine import SPEC_CTRL, Hardware, Host
+from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Hardware, Host
 from probe.models.matrix import Measured
-from probe.models.profile import NONE, Profile
+from probe.models.profile import NONE, Profile, parse_profile
 
-PRED_CMD = 0x49
-VIRT_SPEC_CTRL = 0xC001011F
+_EVERY_GATE = parse_profile("SPEC_CTRL,AMD_IBPB,AMD_IBRS,AMD_STIBP,AMD_SSBD")
 _READ_BACK = (Step(READ, SPEC_CTRL),)
 
 
@@ -106,21 +105,38 @@ def _after(laboratory: Laboratory, profile: Profile, masks: dict[str, int], open
 
 
 def _kin(laboratory: Laboratory, profile: Profile, masks: dict[str, int], name: str, index: int) -> None:
-    masks[f"{name}_guest"], _ = _each_bit(laboratory, profile, 0, index)
+    """Write every bit of a register beside it, each as the first write that is accepted.
+
+    A refused write leaves a vCPU as it was, so a vCPU serves until it has accepted one (KVM then lets the guest's
+    writes of IA32_PRED_CMD through). A KVM that has taken four bits so takes what comes: the rest go to one vCPU.
+    """
+    by_guest = 0
+    bits = list(range(64))
+    for last in (False, False, False, False, True):
+        results = laboratory.guest(laboratory.vcpu(profile), [Step(WRITE, index, 1 << bit) for bit in bits])
+        taken = [bit for bit, result in zip(bits, results) if not result.faulted]
+        by_guest |= sum(1 << bit for bit in (taken if last else taken[:1]))
+        bits = [bit for bit in bits if taken and bit > taken[0]]
+        if not bits:
+            break
     vcpu = laboratory.vcpu(profile)
-    masks[f"{name}_host"] = sum(1 << bit for bit in range(64) if vcpu.set_msr(index, 1 << bit))
+    by_host = sum(1 << bit for bit in range(64) if vcpu.set_msr(index, 1 << bit))
+    masks[f"{name}_guest"], masks[f"{name}_host"] = by_guest, by_host
 
 
-def measure_host(kvm: Kvm, cpuids: Cpuids, features: int) -> Host:
+def measure_host(kvm: Kvm, cpuids: Cpuids, features: int, *, ignore_msrs: bool = False) -> Host:
     """Ask the hardware through KVM, and find out whether the kernel switches the register at entry and exit.
 
     features is what the host's own CPUID reports, as a mask over FEATURES. From v5.9 on KVM_SET_MSRS tries the value on
     the hardware; before, what it accepts is KVM's own mask, and models that ask the hardware are then told apart by the
-    guest's writes after pass-through.
+    guest's writes after pass-through. The guest that meets the hardware is the first of some that is let through.
     """
+    caps = Profile(cpuids.mask())
+    guests = (NONE, caps, _EVERY_GATE)
     row = measure_profile(kvm, cpuids, NONE)
+    let_through = next((each for each in map(_meets(kvm, cpuids), guests) if each.masks.get("guest_after")), row)
     with Laboratory(kvm, cpuids) as laboratory:
-        vcpu = laboratory.vcpu(NONE)
+        vcpu = laboratory.vcpu(let_through.profile)
         switched = True
         start = 0
         opener = row.opener
@@ -132,11 +148,24 @@ def measure_host(kvm: Kvm, cpuids: Cpuids, features: int) -> Host:
     hardware = Hardware(
         exists=bool(row.masks["host_zero"]),
         tested=row.masks["host_first"],
-        valid=row.masks.get("guest_after", 0),
-        keep=row.masks.get("guest_after_seen", 0),
+        valid=let_through.masks.get("guest_after", 0),
+        keep=let_through.masks.get("guest_after_seen", 0),
         start=start,
+        pred_cmd=max(_pred_cmd(kvm, cpuids, profile) for profile in (caps, _EVERY_GATE)),
     )
-    return Host(hardware, features=features, caps=cpuids.mask(), switched=switched)
+    return Host(hardware, features=features, caps=caps.mask, switched=switched, ignore_msrs=ignore_msrs)
+
+
+def _meets(kvm: Kvm, cpuids: Cpuids) -> Callable[[Profile], Measured]:
+    return lambda profile: measure_profile(kvm, cpuids, profile)
+
+
+def _pred_cmd(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> int:
+    """Return the bits of IA32_PRED_CMD that a guest may write once its IBPB was accepted."""
+    with Laboratory(kvm, cpuids) as laboratory:
+        steps = [Step(WRITE, PRED_CMD, 1), *(Step(WRITE, PRED_CMD, 1 << bit) for bit in range(64))]
+        first, *others = laboratory.guest(laboratory.vcpu(profile), steps)
+    return 0 if first.faulted else sum(1 << bit for bit, result in enumerate(others) if not result.faulted)
 
 
 # --- on every core ---------------------------------------------------------------------------------------------------

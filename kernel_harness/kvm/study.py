@@ -8,24 +8,32 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec import UNSET, UnsetType
+
 import probe
+from kernel_harness.kvm import host as host_files
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure, measure_host
 from kernel_harness.kvm.runner import Cpuids, run_program
 from probe import kvm_record
 from probe.assembly import kernel_entry, machine_entry
-from probe.cpuid.machine import MachineCpuid, read_machine
+from probe.cpuid.machine import read_machine
+from probe.errors import NotRestored, RequirementMissing
 from probe.host import Host as HostFiles
 from probe.journal import now
+from probe.masks import hex64, parse_hex64
+from probe.models.difference import MOST_STEPS, difference
+from probe.models.kvm_machines import MACHINES as KVM_MACHINES
 from probe.models.machine import SPEC_CTRL, Host
 from probe.models.machines import MACHINES, get
 from probe.models.matrix import distinguishable, fit
-from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features, profile_of
+from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features
 from probe.models.program import format_answer, written
-from probe.record import Tool
+from probe.models.versions import Release, release_of
+from probe.record import Masks, Tool
+from probe.run import Ears, Options, run
 
-_BACKENDS = ("kvm_intel", "kvm_amd", "kvm_pvm")
 _IDEAL = ALL_FEATURES & ~mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
 
 
@@ -53,10 +61,12 @@ def study(
     jobs: int | None = None,
     programs: int = 0,
     seed: int = 1,
+    driver: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> kvm_record.KvmRecord:
     """Measure and compare; profiles None means default_profiles(). programs random ones are tried on each model that
-    explains the matrix.
+    explains the matrix. driver, the folder for its journal, also asks the msr driver of one CPU, when no VM is left.
 
     Raise RequirementMissing if there is no KVM, GuestLost if a guest does something else than its steps.
     """
@@ -66,7 +76,7 @@ def study(
     cpuid = read_machine(facts.online)
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
-        host = measure_host(kvm, cpuids, _features(cpuid))
+        host = measure_host(kvm, cpuids, host_files.features(cpuid), ignore_msrs=host_files.ignore_msrs() == "Y")
         wanted = list(profiles) if profiles is not None else default_profiles(cpuids.mask())
         entry = _kvm_entry(kvm)
     rows = measure(wanted, progress, jobs)
@@ -76,6 +86,16 @@ def study(
         cpuids = Cpuids(kvm)
         entries = [kvm_record.fit_entry(one, host, lambda program: run_program(kvm, cpuids, program)) for one in fits]
         explored = _explored(kvm, cpuids, explained, host, programs, seed)
+    explained = [name for name in explained if not _contradicted(name, explored)]
+    version = release_of(facts.kernel, facts.kernel_version)
+    follows = follow(explained, entry.backend, version)
+    notes = _notes(entry, host, explained, follows, version)
+    asked: kvm_record.DriverEntry | UnsetType = UNSET
+    if driver is not None:
+        try:
+            asked = ask_driver(min(facts.online), driver, say)
+        except RequirementMissing as error:
+            notes.append(f"the msr driver was not asked: {error}")
     return kvm_record.KvmRecord(
         kind="kvm",
         schema_version=f"{kvm_record.SCHEMA_MAJOR}.{kvm_record.SCHEMA_MINOR}",
@@ -88,9 +108,11 @@ def study(
         hardware=kvm_record.hardware_entry(host),
         rows=kvm_record.row_entries(rows),
         fits=entries,
-        explained_by=[name for name in explained if not _contradicted(name, explored)],
+        explained_by=explained,
+        follows=follows,
+        driver=asked,
         explored=explored,
-        notes=_notes(entry, host, explained),
+        notes=notes,
         identity=identity,
     )
 
@@ -126,26 +148,65 @@ def _contradicted(model: str, explored: Sequence[kvm_record.ExploredEntry]) -> b
     return any(entry.model == model and entry.divergence for entry in explored)
 
 
-def _features(cpuid: MachineCpuid) -> int:
-    return profile_of(cpuid.cpus[min(cpuid.cpus)]).mask
-
-
 def _kvm_entry(kvm: Kvm) -> kvm_record.KvmEntry:
-    loaded = [name for name in _BACKENDS if Path("/sys/module", name).exists()]
-    try:
-        ignore = Path("/sys/module/kvm/parameters/ignore_msrs").read_text(encoding="ascii").strip()
-    except OSError:
-        ignore = ""
     return kvm_record.KvmEntry(
-        backend="+".join(loaded),
-        ignore_msrs=ignore,
+        backend=host_files.backend(),
+        ignore_msrs=host_files.ignore_msrs(),
         in_msr_index_list=SPEC_CTRL in kvm.get_msr_index_list(),
         msr_filter=kvm.check_extension(uapi.KVM_CAP_X86_MSR_FILTER) > 0,
         user_space_msr=kvm.check_extension(uapi.KVM_CAP_X86_USER_SPACE_MSR) > 0,
     )
 
 
-def _notes(entry: kvm_record.KvmEntry, host: Host, explained: Sequence[str]) -> list[str]:
+_FAMILIES = {"kvm_intel": "kvm-vmx", "kvm_amd": "kvm-svm"}
+
+
+def follow(explained: Sequence[str], backend: str, version: Release | None) -> str:
+    """Return the model, of those that explain a kernel, that stands for its version; "" if none does.
+
+    One that explains alone is followed whatever the version. backend is the vendor module.
+    """
+    if len(explained) == 1:
+        return explained[0]
+    if version is None:
+        return ""
+    found = [
+        (machine.versions.sublevel(version), machine.name)
+        for machine in KVM_MACHINES
+        if machine.name in explained and machine.family == _FAMILIES.get(backend, "")
+    ]
+    standing = [(low, name) for low, name in found if low is not None]
+    return max(standing)[1] if standing else ""
+
+
+def ask_driver(cpu: int, state_dir: Path, say: Callable[[str], None]) -> kvm_record.DriverEntry:
+    """Try every bit through one CPU's msr driver, with all that the agent does for safety.
+
+    Raise RequirementMissing if the machine refuses, NotRestored if the register cannot be put back.
+    """
+    options = Options(write=True, cpus=(cpu,), state_dir=state_dir, because="asked for by kvm --write")
+    done = run(options, Ears(say=say))
+    lost = [entry for entry in done.restore if entry.state != "verified"]
+    if lost:
+        raise NotRestored(f"the register of CPU {cpu} was not shown to be back")
+    seen = [parse_masks(entry.outcomes) for entry in done.observations]
+    took = sum(one["retained"] | one["dropped"] | one["altered"] | one["unstable"] for one in seen)
+    return kvm_record.DriverEntry(
+        cpu=cpu,
+        accepts=hex64(took),
+        faults=hex64(sum(one["fault"] for one in seen)),
+        unanswered=hex64(sum(one["refused"] | one["absent"] for one in seen)),
+    )
+
+
+def parse_masks(masks: Masks) -> dict[str, int]:
+    """Return an observation's masks as numbers, by outcome."""
+    return {name: parse_hex64(getattr(masks, name)) for name in masks.__struct_fields__}
+
+
+def _notes(
+    entry: kvm_record.KvmEntry, host: Host, explained: Sequence[str], follows: str, version: Release | None
+) -> list[str]:
     notes = []
     if entry.ignore_msrs == "Y":
         notes.append(
@@ -157,10 +218,33 @@ def _notes(entry: kvm_record.KvmEntry, host: Host, explained: Sequence[str]) -> 
     if not host.hardware.exists:
         notes.append("no host write is accepted, of 0 neither: RDMSR of 0x48 takes #GP on this host, by KVM's own test")
     if len(explained) > 1:
-        notes.append(
-            f"{', '.join(explained)} give the same answers to every case on this host: what they differ in needs "
-            "other hardware (V_SPEC_CTRL, a register that keeps what is written)"
-        )
+        notes += _alike(explained, follows, host, version)
     if not explained:
         notes.append("no model explains every case: the first divergence of each is a program to replay")
+    return notes
+
+
+def _alike(explained: Sequence[str], follows: str, host: Host, version: Release | None) -> list[str]:
+    """Say why several models explain this kernel, for which its version speaks, and what would tell them apart."""
+    others = [name for name in explained if name != follows]
+    number = ".".join(str(part) for part in version or ())
+    head = (
+        f"{follows} by this kernel's version, {number}: " if follows else "by its version this kernel is none of them: "
+    )
+    one = get(follows or explained[0])
+    here = [("this host", host)]
+    notes = []
+    for name in others:
+        if name == one.name:
+            continue
+        apart = difference(one, get(name))
+        if difference(one, get(name), here) is None:
+            why = f"no program of up to {MOST_STEPS} operations tells it from {one.name} on this host"
+        else:
+            why = f"no case of this matrix tells it from {one.name}"
+        if apart is not None:
+            last = [("nothing" if said[-1] is None else format_answer(said[-1])) for said in (apart.one, apart.other)]
+            why += f"; on {apart.host}: {apart.program} -> {last[0]}, not {last[1]}"
+        notes.append(f"{head}{name} explains it as well: {why}")
+        head = ""
     return notes

@@ -28,6 +28,8 @@
 #include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
+#include <asm/cpufeature.h>
+#include <asm/processor.h>
 
 #define MODEL_CPUS 64	/* CPUs that can have values of their own; later ones are like the last */
 #define LOG_ENTRIES 4096
@@ -74,6 +76,13 @@ MODULE_PARM_DESC(kvm_test, "also answer for the hardware when KVM tests a value 
 static unsigned long long kvm_valid;
 module_param(kvm_valid, ullong, 0644);
 MODULE_PARM_DESC(kvm_valid, "the bits that KVM's test accepts");
+
+static bool v_spec_ctrl;
+module_param(v_spec_ctrl, bool, 0444);
+MODULE_PARM_DESC(v_spec_ctrl, "make the kernel believe in V_SPEC_CTRL (load kvm_amd after)");
+
+/* CPUID 8000_000A EDX bit 20: X86_FEATURE_V_SPEC_CTRL in <asm/cpufeatures.h> since v5.13. */
+#define FEATURE_V_SPEC_CTRL (15 * 32 + 20)
 
 struct model {
 	spinlock_t lock;	/* all below */
@@ -434,6 +443,9 @@ static int __init model_init(void)
 	error = hooks_register();
 	if (error)
 		goto no_hooks;
+	/* Modules are patched for the CPU's features when they are loaded, so kvm_amd has to come later. */
+	if (v_spec_ctrl)
+		set_cpu_cap(&boot_cpu_data, FEATURE_V_SPEC_CTRL);
 	pr_info("MSR %#x is a model now\n", msr);
 	return 0;
 

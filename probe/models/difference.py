@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from probe.masks import ALL_BITS
@@ -59,13 +59,15 @@ def _operations() -> Iterator[Operation]:
     yield Operation(Kind.ALLOW)
 
 
-def difference(one: Machine, other: Machine) -> Difference | None:
-    """Search, the shortest programs first, of these the smallest profiles; None if up to MOST_STEPS nothing differs."""
-    hosts = [host for _, host in HOSTS]
-    profiles = [*distinguishable([one, other], hosts), NONE]
+def difference(one: Machine, other: Machine, hosts: Sequence[tuple[str, Host]] = HOSTS) -> Difference | None:
+    """Search, the shortest programs first, of these the smallest profiles; None if up to MOST_STEPS nothing differs.
+
+    hosts are tried in their order, each with what it is in words. Programs are on MSR 0x48 alone.
+    """
+    profiles = [*distinguishable([one, other], [host for _, host in hosts]), NONE]
     operations = list(_operations())
     for length in range(1, MOST_STEPS + 1):
-        for (name, host), profile in itertools.product(HOSTS, profiles):
+        for (name, host), profile in itertools.product(hosts, profiles):
             found = _search(one, other, profile, host, operations, length)
             if found is not None:
                 return Difference(name, *found)

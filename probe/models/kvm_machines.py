@@ -7,16 +7,18 @@ interception ends and begins again, and what of an accepted value reaches the ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from probe import features as f
 from probe.masks import ALL_BITS
 from probe.models.machine import DENY_READ, DENY_WRITE, Host, State
 from probe.models.profile import Profile, mask_of_features
+from probe.models.versions import NEVER, Versions
 from probe.registers import IBRS, SSBD, STIBP
 
 _LOW_HALF = (1 << 32) - 1
+_IBPB, _SBPB = 1 << 0, 1 << 7  # of IA32_PRED_CMD
 
 _SPEC_CTRL = mask_of_features((f.SPEC_CTRL,))
 _INTEL_STIBP = mask_of_features((f.INTEL_STIBP,))
@@ -25,6 +27,8 @@ _AMD_IBRS = mask_of_features((f.AMD_IBRS,))
 _AMD_STIBP = mask_of_features((f.AMD_STIBP,))
 _AMD_SSBD = mask_of_features((f.AMD_SSBD,))
 _V_SPEC_CTRL = mask_of_features((f.V_SPEC_CTRL,))
+_AMD_IBPB = mask_of_features((f.AMD_IBPB,))
+_VIRT_SSBD = mask_of_features((f.VIRT_SSBD,))
 _ANY_56 = _SPEC_CTRL | _AMD_STIBP | _AMD_IBRS | _AMD_SSBD
 
 Gate = Callable[[int, int], bool]  # (guest's features, host's caps)
@@ -105,9 +109,12 @@ RECOMPUTE_VALUE = "value"
 class KvmMachine:
     """One era of KVM on one vendor's extension.
 
-    loads: the bits of a stored value that VM entry loads. virtual: how hosts with V_SPEC_CTRL are treated: "" not at
-    all, "always" let through from creation, "gate" let through iff the gate is open. init_intercepts: INIT intercepts
-    again. Source: source; the predicates are in gate and test.
+    loads and saves: the bits of a stored value that VM entry loads, and that VM exit stores anew (the others keep what
+    was stored). virtual: how hosts with V_SPEC_CTRL are treated: "" not at all, "always" let through from creation,
+    "gate" let through iff the gate is open. vmcb: the bits that there is room for where V_SPEC_CTRL keeps the value.
+    init_intercepts: INIT intercepts again. pred_cmd: what is done about IA32_PRED_CMD: "" is not said, "first" let
+    through after the first write, "cpuid" let through by CPUID. versions: the kernels that it stands for.
+    Source: source; the predicates are in gate and test.
     """
 
     name: str
@@ -117,9 +124,13 @@ class KvmMachine:
     gate: Gate
     test: ValueTest
     recompute: str = RECOMPUTE_SHADOW
-    loads: int = _LOW_HALF
+    loads: int = ALL_BITS
+    saves: int = ALL_BITS
     virtual: str = ""
     init_intercepts: bool = False
+    vmcb: int = ALL_BITS
+    pred_cmd: str = ""
+    versions: Versions = NEVER
 
     def _is_virtual(self, host: Host) -> bool:
         return bool(self.virtual) and host.features & _V_SPEC_CTRL != 0
@@ -129,23 +140,29 @@ class KvmMachine:
 
     def start(self, profile: Profile, host: Host) -> State:
         """Return a fresh vCPU."""
-        state = State(profile, host, register=host.hardware.start, pending=self.recompute == RECOMPUTE_VALUE)
-        if self._is_virtual(host):
-            return replace(state, register=0, direct=self.virtual == "always" or self._open(state), pending=False)
-        return state
+        again = self.recompute == RECOMPUTE_VALUE
+        always = self._is_virtual(host) and self.virtual == "always"
+        return State(profile, host, register=host.hardware.start, pending=again, direct=always)
 
     def enter(self, state: State) -> State:
         """Decide anew whether the guest is let through, if asked for; load and save as every entry and exit does.
 
         An access that takes #GP has entered and exited, too (random programs on Debian's 5.10 showed it).
         """
-        if state.pending:
-            state = replace(state, direct=state.value != 0, pending=False)
-        return self._left(state)
+        return self._left(replace(state, direct=self._direct(state), pending=False))
+
+    def _direct(self, state: State) -> bool:
+        """Tell whether the next entry lets the guest through."""
+        if not state.pending:
+            return state.direct
+        return self._open(state) if self._is_virtual(state.host) else state.value != 0
 
     def _intercepts(self, state: State, denied: int) -> bool:
-        direct = state.value != 0 if state.pending else state.direct
-        return not direct or state.denied & denied != 0
+        return not self._direct(state) or state.denied & denied != 0
+
+    def _stored(self, state: State, value: int) -> State:
+        room = self.vmcb if self._is_virtual(state.host) else ALL_BITS
+        return replace(state, value=value & room, direct=state.direct or value != 0)
 
     def writable(self, state: State, *, by_host: bool) -> int | None:
         """Return the mask of the bits that a write may have; None if every write is refused, of 0 too."""
@@ -175,9 +192,9 @@ class KvmMachine:
     def write(self, state: State, value: int, *, by_host: bool) -> State:
         """Store the value; if it is not zero, the guest is let through from now on, whoever wrote it."""
         if by_host:
-            return replace(state, value=value, direct=state.direct or value != 0)
+            return self._stored(state, value)
         if self._intercepts(state, DENY_WRITE):
-            return self._left(replace(state, value=value, direct=state.direct or value != 0))
+            return self._left(self._stored(state, value))
         entered = self._entered(state)
         return self._exited(replace(entered, register=value & state.host.hardware.keep))
 
@@ -192,18 +209,17 @@ class KvmMachine:
 
     def _entered(self, state: State) -> State:
         """VM entry: load the stored value."""
-        if self._is_virtual(state.host):
-            return replace(state, register=state.value & state.host.hardware.keep)
         if not state.host.switched:
             return state
-        return replace(state, register=state.value & self.loads & state.host.hardware.keep)
+        loads = ALL_BITS if self._is_virtual(state.host) else self.loads
+        return replace(state, register=state.value & loads & state.host.hardware.keep)
 
     def _exited(self, state: State) -> State:
         """VM exit: save what the guest may have written."""
-        saves = self._is_virtual(state.host) or state.host.switched
-        if saves and not self._intercepts(state, DENY_WRITE):
-            return replace(state, value=state.register)
-        return state
+        if not state.host.switched or self._intercepts(state, DENY_WRITE):
+            return state
+        saves = ALL_BITS if self._is_virtual(state.host) else self.saves
+        return replace(state, value=state.value & ~saves | state.register & saves)
 
     def _left(self, state: State) -> State:
         """Go once more into the guest and out of it, as happens after every intercepted access."""
@@ -218,15 +234,48 @@ class KvmMachine:
         return self._recomputed(replace(state, denied=denied))
 
     def init(self, state: State) -> State:
-        """Clear the stored value, as the vCPU enters; whether that intercepts again depends on the era."""
-        state = replace(self.enter(state), value=0)
+        """Clear the stored value, as the vCPU enters; whether that intercepts again depends on the era.
+
+        What a host with V_SPEC_CTRL has in the VMCB stays: svm_vcpu_reset() clears svm->spec_ctrl, which is not used
+        there (linux v6.1 to v7.2 arch/x86/kvm/svm/svm.c).
+        """
+        state = self.enter(state)
         if self._is_virtual(state.host):
             return self._recomputed(state)
-        return replace(state, direct=state.direct and not self.init_intercepts)
+        return replace(state, value=0, direct=state.direct and not self.init_intercepts)
+
+    def beside(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        """Say what single writes of the registers beside it do: cell -> (mask of bits accepted, mask of bits decided).
+
+        IA32_PRED_CMD is decided from v5.9 on, its SBPB (bit 7) until v6.3 only: no profile has that CPUID bit.
+        """
+        return {**self._pred_cmd(profile, host), **self._virt_spec_ctrl(profile, host)}
+
+    def _pred_cmd(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        if not self.pred_cmd:
+            return {}
+        by_cpuid = self.pred_cmd == "cpuid"
+        known = ALL_BITS & ~_SBPB if by_cpuid else ALL_BITS
+        by_host = _IBPB if host.features & (_SPEC_CTRL | _AMD_IBPB) else 0
+        granted = profile.mask & (host.caps if self.gate is _gate_614 else ALL_BITS) & (_SPEC_CTRL | _AMD_IBPB)
+        by_guest = by_host if granted else 0
+        if by_guest and by_cpuid:
+            by_guest = host.hardware.pred_cmd
+        return {"pred_cmd_host": (by_host, known), "pred_cmd_guest": (by_guest, known)}
+
+    def _virt_spec_ctrl(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        if self.family == "kvm-vmx":  # an MSR that it does not know
+            known = 0 if host.ignore_msrs else ALL_BITS
+            return {"virt_spec_ctrl_host": (0, known), "virt_spec_ctrl_guest": (0, known)}
+        if self.name == "kvm-4.16-svm":  # came in its middle, in v4.17
+            return {}
+        granted = profile.mask & (host.caps if self.gate is _gate_614 else ALL_BITS)
+        return {
+            "virt_spec_ctrl_host": (SSBD, ALL_BITS),
+            "virt_spec_ctrl_guest": (SSBD if granted & _VIRT_SSBD else 0, ALL_BITS),
+        }
 
     def _recomputed(self, state: State) -> State:
-        if self._is_virtual(state.host):
-            return replace(state, direct=self.virtual == "always" or self._open(state))
         return replace(state, pending=self.recompute == RECOMPUTE_VALUE)
 
 
@@ -251,6 +300,16 @@ _C617 = (
     "(in v6.17)"
 )
 _C617R = "the MSR interception rework of v6.17, 20250610225737.156318-1-seanjc@google.com"
+_C61S = (
+    'Linux commit 9f2febf3f04d ("KVM: SVM: move MSR_IA32_SPEC_CTRL save/restore to assembly") (in v6.1); '
+    "arch/x86/kvm/svm/vmenter.S, RESTORE_GUEST_SPEC_CTRL_BODY, RESTORE_HOST_SPEC_CTRL_BODY (v6.1.192, v6.12.118)"
+)
+_C61V = "arch/x86/kvm/vmx/vmenter.S, __vmx_vcpu_run(), vmx_spec_ctrl_restore_host() (v6.1.192, v6.12.118)"
+_C64 = (
+    "IA32_PRED_CMD in arch/x86/kvm/x86.c, kvm_set_msr_common(), and svm_vcpu_after_set_cpuid(), and 64 bits of "
+    "vmcb_save_area.spec_ctrl: not in v6.1.192, in v6.12.118"
+)
+_STABLE = "arch/x86/kernel/cpu/bugs.c, x86_virt_spec_ctrl(); svm_vcpu_run() (v5.10.262)"
 _C618 = "Linux commit 32ed0bc2f0f8 (VMX) and 20251106011330.75571-1-seanjc@google.com (SVM): bits 63:32 (in v6.19)"
 _MAXIM = (
     'Maxim Levitsky, "[PATCH] kvm: x86: rewrite kvm_spec_ctrl_valid_bits" (2020-07-02), '
@@ -259,31 +318,53 @@ _MAXIM = (
 _MASKED = IBRS | STIBP | SSBD  # before v5.19 VM entry loads these at most (bugs.c, x86_virt_spec_ctrl())
 
 
-def _m(name: str, title: str, gate: Gate, test: ValueTest, *sources: str, **more: object) -> KvmMachine:
-    family = "kvm-vmx" if name.endswith("vmx") else "kvm-svm" if name.endswith("svm") else "kvm"
-    return KvmMachine(name, title, "; ".join(sources), family, gate, test, **more)  # type: ignore[arg-type]
+def _m(
+    name: str,
+    title: str,
+    gate: Gate,
+    test: ValueTest,
+    sources: tuple[str, ...],
+    versions: Versions = NEVER,
+    **more: object,
+) -> KvmMachine:
+    family = "kvm-vmx" if name.endswith("vmx") else "kvm-svm"
+    return KvmMachine(name, title, "; ".join(sources), family, gate, test, versions=versions, **more)  # type: ignore[arg-type]
 
+
+_ASKS = {"pred_cmd": "first"}
+_UNMASKED = {"pred_cmd": "first", "loads": ALL_BITS, "saves": ALL_BITS}
+_ASM_VMX = {"pred_cmd": "cpuid", "loads": _LOW_HALF, "saves": ALL_BITS}
+_ASM_SVM = {"pred_cmd": "cpuid", "loads": _LOW_HALF, "saves": _LOW_HALF}
+_WHOLE = {"pred_cmd": "cpuid", "loads": ALL_BITS, "saves": ALL_BITS}
+_AGAIN = {"recompute": RECOMPUTE_VALUE, "virtual": "gate"}
 
 MACHINES: tuple[KvmMachine, ...] = (
-    _m("kvm-4.16-vmx", "v4.16, kvm_intel: mask 0x3", _gate_vmx_416, _fixed(0x3), _C416V, loads=_MASKED),
-    _m("kvm-4.16-svm", "v4.16, kvm_amd: mask 0x3", _gate_svm_416, _fixed(0x3), _C416S, loads=_MASKED),
-    _m("kvm-4.17-vmx", "v4.17 to v5.5, kvm_intel: mask 0x7", _gate_vmx_417, _fixed(0x7), _C417, _C417V, loads=_MASKED),
-    _m("kvm-4.18-svm", "v4.18 to v5.5, kvm_amd: mask 0x7", _gate_svm_418, _fixed(0x7), _C418S, loads=_MASKED),
+    # --- kvm_intel
+    _m(
+        "kvm-4.16-vmx",
+        "v4.16, kvm_intel: mask 0x3",
+        _gate_vmx_416,
+        _fixed(0x3),
+        (_C416V,),
+        Versions((4, 16), (4, 17)),
+        loads=_MASKED,
+    ),
+    _m(
+        "kvm-4.17-vmx",
+        "v4.17 to v5.5, kvm_intel: mask 0x7",
+        _gate_vmx_417,
+        _fixed(0x7),
+        (_C417, _C417V),
+        Versions((4, 17), (5, 6)),
+        loads=_MASKED,
+    ),
     _m(
         "kvm-5.6-vmx",
         "v5.6 to v5.8, kvm_intel: mask from host and guest CPUID",
         _gate_vmx_417,
         _mask_56,
-        _C56,
-        loads=_MASKED,
-    ),
-    _m(
-        "kvm-5.6-svm",
-        "v5.6 to v5.8, kvm_amd: mask from host and guest CPUID",
-        _gate_56,
-        _mask_56,
-        _C56,
-        _C56S,
+        (_C56,),
+        Versions((5, 6), (5, 9)),
         loads=_MASKED,
     ),
     _m(
@@ -291,93 +372,217 @@ MACHINES: tuple[KvmMachine, ...] = (
         "the mask proposed in July 2020, kvm_intel",
         _gate_vmx_417,
         _mask_maxim,
-        _MAXIM,
+        (_MAXIM,),
         loads=_MASKED,
     ),
-    _m("kvm-maxim-v1-svm", "the mask proposed in July 2020, kvm_amd", _gate_56, _mask_maxim, _MAXIM, loads=_MASKED),
     _m(
         "kvm-5.9-vmx",
-        "v5.9 and v5.10 to v5.10.3, kvm_intel: the hardware is asked",
+        "v5.9 to v5.10.3, kvm_intel: the hardware is asked",
         _gate_vmx_417,
         _asks_hardware,
-        _C59,
+        (_C59,),
+        Versions((5, 9), (5, 11)),
+        loads=_MASKED,
+        **_ASKS,
+    ),
+    _m(
+        "kvm-5.11-vmx",
+        "v5.10.4, v5.11 to v5.18, kvm_intel: one gate for both vendors",
+        _gate_56,
+        _asks_hardware,
+        (_C59, _C511),
+        Versions((5, 11), (5, 19), ((5, 10, 4),)),
+        loads=_MASKED,
+        **_ASKS,
+    ),
+    _m(
+        "kvm-5.19-vmx",
+        "v5.10.133, v5.15.57, v5.19, v6.0, kvm_intel: VM entry loads what is stored",
+        _gate_56,
+        _asks_hardware,
+        (_C519, _C59, _C511, _STABLE),
+        Versions((5, 19), (6, 1), ((5, 10, 133), (5, 15, 57), (5, 18, 14))),
+        **_UNMASKED,
+    ),
+    _m(
+        "kvm-6.1-vmx",
+        "v6.1 to v6.3, kvm_intel: VM entry loads the low half, exit saves all",
+        _gate_56,
+        _asks_hardware,
+        (_C61V, _C59, _C511),
+        Versions((6, 1), (6, 4)),
+        pred_cmd="first",
+        loads=_LOW_HALF,
+    ),
+    _m(
+        "kvm-6.4-vmx",
+        "v6.4 to v6.13, kvm_intel: the same; IA32_PRED_CMD let through by CPUID",
+        _gate_56,
+        _asks_hardware,
+        (_C61V, _C64, _C59, _C511),
+        Versions((6, 4), (6, 14)),
+        **_ASM_VMX,
+    ),
+    _m(
+        "kvm-6.14-vmx",
+        "v6.14 to v6.16, kvm_intel: the gate also asks what KVM supports",
+        _gate_614,
+        _asks_hardware,
+        (_C614,),
+        Versions((6, 14), (6, 17)),
+        **_ASM_VMX,
+    ),
+    _m(
+        "kvm-6.17-vmx",
+        "v6.17 and v6.18, kvm_intel: interception decided anew from the value",
+        _gate_614,
+        _asks_hardware,
+        (_C617R, _C614),
+        Versions((6, 17), (6, 19)),
+        **_ASM_VMX,
+        **_AGAIN,
+    ),
+    _m(
+        "kvm-6.19-vmx",
+        "v6.19 and later, kvm_intel: bits 63:32 are loaded, too",
+        _gate_614,
+        _asks_hardware,
+        (_C618, _C617R, _C614),
+        Versions((6, 19)),
+        **_WHOLE,
+        **_AGAIN,
+    ),
+    # --- kvm_amd
+    _m(
+        "kvm-4.16-svm",
+        "v4.16 and v4.17, kvm_amd: mask 0x3",
+        _gate_svm_416,
+        _fixed(0x3),
+        (_C416S,),
+        Versions((4, 16), (4, 18)),
         loads=_MASKED,
     ),
     _m(
-        "kvm-5.11",
-        "v5.9 (kvm_amd) or v5.11 (kvm_intel; v5.10.4) to v5.18: one gate for both",
+        "kvm-4.18-svm",
+        "v4.18 to v5.5, kvm_amd: mask 0x7",
+        _gate_svm_418,
+        _fixed(0x7),
+        (_C418S,),
+        Versions((4, 18), (5, 6)),
+        loads=_MASKED,
+    ),
+    _m(
+        "kvm-5.6-svm",
+        "v5.6 to v5.8, kvm_amd: mask from host and guest CPUID",
+        _gate_56,
+        _mask_56,
+        (_C56, _C56S),
+        Versions((5, 6), (5, 9)),
+        loads=_MASKED,
+    ),
+    _m(
+        "kvm-maxim-v1-svm",
+        "the mask proposed in July 2020, kvm_amd",
+        _gate_56,
+        _mask_maxim,
+        (_MAXIM,),
+        loads=_MASKED,
+    ),
+    _m(
+        "kvm-5.9-svm",
+        "v5.9 to v5.12, kvm_amd: the hardware is asked",
         _gate_56,
         _asks_hardware,
-        _C59,
-        _C511,
+        (_C59, _C56S),
+        Versions((5, 9), (5, 13)),
         loads=_MASKED,
+        **_ASKS,
+    ),
+    _m(
+        "kvm-5.10.133-svm",
+        "v5.10.133 and later v5.10, kvm_amd: VM entry loads what is stored",
+        _gate_56,
+        _asks_hardware,
+        (_C519, _C59, _C511, _STABLE),
+        Versions(branches=((5, 10, 133),)),
+        **_UNMASKED,
     ),
     _m(
         "kvm-5.13-svm",
         "v5.13 to v5.18, kvm_amd: V_SPEC_CTRL let through from creation",
         _gate_56,
         _asks_hardware,
-        _C513,
+        (_C513, _C59, _C511),
+        Versions((5, 13), (5, 19)),
         loads=_MASKED,
         virtual="always",
+        vmcb=_LOW_HALF,
+        **_ASKS,
     ),
     _m(
-        "kvm-5.19",
-        "v5.19 to v6.13: VM entry loads all of the low half",
+        "kvm-5.19-svm",
+        "v5.15.57, v5.19, v6.0, kvm_amd: VM entry loads what is stored",
         _gate_56,
         _asks_hardware,
-        _C519,
-        _C513,
+        (_C519, _C513),
+        Versions((5, 19), (6, 1), ((5, 15, 57), (5, 18, 14))),
         virtual="always",
+        vmcb=_LOW_HALF,
+        **_UNMASKED,
     ),
     _m(
-        "kvm-6.14",
-        "v6.14 to v6.16: the gate also asks what KVM supports",
-        _gate_614,
+        "kvm-6.1-svm",
+        "v6.1 to v6.3, kvm_amd: VM entry loads, and exit saves, the low half",
+        _gate_56,
         _asks_hardware,
-        _C614,
+        (_C61S, _C513),
+        Versions((6, 1), (6, 4)),
         virtual="always",
+        vmcb=_LOW_HALF,
+        pred_cmd="first",
+        loads=_LOW_HALF,
+        saves=_LOW_HALF,
     ),
     _m(
-        "kvm-6.17",
-        "v6.17 and v6.18, kvm_intel: interception recomputed from the value",
+        "kvm-6.4-svm",
+        "v6.4 to v6.13, kvm_amd: the same; IA32_PRED_CMD let through by CPUID, VMCB of 64 bits",
+        _gate_56,
+        _asks_hardware,
+        (_C61S, _C64, _C513),
+        Versions((6, 4), (6, 14)),
+        virtual="always",
+        **_ASM_SVM,
+    ),
+    _m(
+        "kvm-6.14-svm",
+        "v6.14 to v6.16, kvm_amd: the gate also asks what KVM supports",
         _gate_614,
         _asks_hardware,
-        _C617,
-        _C617R,
-        recompute=RECOMPUTE_VALUE,
-        virtual="gate",
+        (_C614, _C61S),
+        Versions((6, 14), (6, 17)),
+        virtual="always",
+        **_ASM_SVM,
     ),
     _m(
         "kvm-6.17-svm",
-        "v6.17 and v6.18, kvm_amd: the same, and at INIT",
+        "v6.17 and v6.18, kvm_amd: interception decided anew from the value, and at INIT",
         _gate_614,
         _asks_hardware,
-        _C617,
-        _C617R,
-        recompute=RECOMPUTE_VALUE,
-        virtual="gate",
+        (_C617, _C617R, _C61S),
+        Versions((6, 17), (6, 19)),
         init_intercepts=True,
-    ),
-    _m(
-        "kvm-6.19",
-        "v6.19 and later, kvm_intel: bits 63:32 are loaded, too",
-        _gate_614,
-        _asks_hardware,
-        _C618,
-        recompute=RECOMPUTE_VALUE,
-        virtual="gate",
-        loads=ALL_BITS,
+        **_ASM_SVM,
+        **_AGAIN,
     ),
     _m(
         "kvm-6.19-svm",
-        "v6.19 and later, kvm_amd: the same, and at INIT",
+        "v6.19 and later, kvm_amd: bits 63:32 are loaded and saved, too",
         _gate_614,
         _asks_hardware,
-        _C618,
-        recompute=RECOMPUTE_VALUE,
-        virtual="gate",
-        loads=ALL_BITS,
+        (_C618, _C617, _C617R),
+        Versions((6, 19)),
         init_intercepts=True,
+        **_WHOLE,
+        **_AGAIN,
     ),
 )

@@ -7,15 +7,18 @@ that, so that no rule is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from probe.masks import ALL_BITS
 from probe.models.profile import Profile
-from probe.models.program import IN_GUEST, Answer, Kind, Operation, Program, Word
+from probe.models.program import ACCESSES, IN_GUEST, Answer, Kind, Operation, Program, Word
 
 SPEC_CTRL = 0x48
+PRED_CMD = 0x49
+VIRT_SPEC_CTRL = 0xC001011F
+BESIDE_NAMES = ("pred_cmd_host", "pred_cmd_guest", "virt_spec_ctrl_host", "virt_spec_ctrl_guest")  # matrix cells
 DENY_READ, DENY_WRITE = 1, 2
 
 
@@ -25,7 +28,8 @@ class Hardware:
 
     exists: RDMSR does not take #GP. tested: mask of the bits that KVM's own test of a value accepts (the same as valid,
     unless somebody stands between them). valid: mask of the bits that a guest's own WRMSR takes without #GP. keep: mask
-    of the bits that read back once written. start: what it holds when nobody has written.
+    of the bits that read back once written. start: what it holds when nobody has written. pred_cmd: mask of the bits of
+    IA32_PRED_CMD that a guest's own WRMSR takes, 0 if no guest was let through.
     """
 
     exists: bool = True
@@ -33,6 +37,7 @@ class Hardware:
     valid: int = ALL_BITS
     keep: int = ALL_BITS
     start: int = 0
+    pred_cmd: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,16 @@ class Host:
     """The machine under the hypervisor.
 
     features is a mask over profile.FEATURES: what the kernel sees (boot_cpu_has). caps: what it offers to guests
-    (KVM_GET_SUPPORTED_CPUID). switched: the kernel loads the guest's value at entry and saves it at exit
-    (X86_FEATURE_MSR_SPEC_CTRL); if not, a guest that is let through writes the host's own register.
+    (KVM_GET_SUPPORTED_CPUID). switched: the guest's value is loaded at entry and saved at exit, by the kernel
+    (X86_FEATURE_MSR_SPEC_CTRL) or the CPU (V_SPEC_CTRL); if not, a guest that is let through writes the host's own
+    register. ignore_msrs: kvm.ignore_msrs=1, KVM answers for MSRs that it does not know.
     """
 
     hardware: Hardware = Hardware()
     features: int = 0
     caps: int = 0
     switched: bool = True
+    ignore_msrs: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,18 @@ class Machine(Protocol):
     def set_filter(self, state: State, denied: int) -> State:
         """Return the state after a change of the MSR filter."""
 
+    def beside(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        """Say what single writes of other registers do: matrix cell -> (mask of bits accepted, mask of bits decided).
+
+        IA32_PRED_CMD and VIRT_SPEC_CTRL; a cell that is not there is not decided.
+        """
+
 
 def step(machine: Machine, state: State, operation: Operation) -> tuple[State, Answer | None]:
-    """Do one operation on MSR 0x48; the answer is None where the model does not say."""
+    """Do one operation; the answer is None where the model does not say, as of every other MSR than 0x48."""
     kind = operation.kind
+    if operation.index != SPEC_CTRL and kind in ACCESSES:
+        return state, None
     by_host = kind in (Kind.HOST_SET, Kind.HOST_GET)
     no = Word.REFUSED if by_host else Word.GP
     if kind in IN_GUEST:
@@ -146,18 +161,21 @@ def step(machine: Machine, state: State, operation: Operation) -> tuple[State, A
         return machine.set_cpuid(state, Profile(operation.value)), Word.OK
     if kind is Kind.INIT:
         return machine.init(state), Word.OK
-    return machine.set_filter(state, operation.value if kind is Kind.DENY else 0), Word.OK
+    denied = operation.value if kind is Kind.DENY and operation.index == SPEC_CTRL else 0  # a filter replaces the last
+    return machine.set_filter(state, denied), Word.OK
 
 
 def answers(machine: Machine, program: Program, host: Host) -> list[Answer | None]:
-    """Return a machine's answers to a whole program; after one that it leaves open, it says nothing more."""
+    """Return a machine's answers to a whole program; after one on MSR 0x48 that it leaves open, it says no more."""
     state = machine.start(program.profile, host)
     found: list[Answer | None] = []
+    lost = False
     for operation in program.operations:
-        if found and found[-1] is None:
+        if lost:
             found.append(None)
             continue
         state, answer = step(machine, state, operation)
+        lost = answer is None and operation.index == SPEC_CTRL
         found.append(answer)
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from probe.masks import ALL_BITS
-from probe.models.machine import SPEC_CTRL, Host, Machine, State, answers
+from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Host, Machine, State, answers
 from probe.models.profile import FEATURES, Profile
 from probe.models.program import Answer, Kind, Operation, Program, Word
 
@@ -93,7 +93,21 @@ CELLS: tuple[Cell, ...] = (
     Cell("host_read", "host reads first: 0", lambda v, o: (host_get(),), None, single=True),
     Cell("guest_read", "guest reads first: 0", lambda v, o: (guest_rd(),), None, single=True),
 )
-BY_NAME = {cell.name: cell for cell in CELLS}
+# The registers beside it: what a first write of each bit does. Models that speak of them are compared, too.
+BESIDE: tuple[Cell, ...] = (
+    Cell("pred_cmd_host", "first host write of IA32_PRED_CMD: accepted", lambda v, o: (host_set(v, PRED_CMD),)),
+    Cell("pred_cmd_guest", "first guest write of IA32_PRED_CMD: accepted", lambda v, o: (guest_wr(v, PRED_CMD),)),
+    Cell(
+        "virt_spec_ctrl_host",
+        "first host write of VIRT_SPEC_CTRL: accepted",
+        lambda v, o: (host_set(v, VIRT_SPEC_CTRL),),
+    ),
+    Cell(
+        "virt_spec_ctrl_guest",
+        "first guest write of VIRT_SPEC_CTRL: accepted",
+        lambda v, o: (guest_wr(v, VIRT_SPEC_CTRL),),
+    ),
+)
 
 
 def holds(cell: Cell, value: int, answer: Answer | None) -> bool:
@@ -153,6 +167,8 @@ def expected(machine: Machine, profile: Profile, host: Host, opener: int) -> Exp
         put(f"{first}_kept", taken & kept if isinstance(kept, int) else 0, kept_said)
     if opener:
         _after(machine, fresh, opener, put)
+    for name, (mask, known) in machine.beside(profile, host).items():
+        put(name, mask, known)
     return Expected(masks, decided)
 
 
@@ -209,8 +225,9 @@ class Measured:
 class Fit:
     """How well a model explains a matrix.
 
-    cases counts the answers on which the model decides, agreements those that are as it says. divergences counts by
-    cell; first is the first divergence: cell, profile, bit, opener.
+    cases counts the answers on which the model decides, agreements those that are as it says, silent the answers about
+    MSR 0x48 on which it does not decide. divergences counts by cell; first is the first divergence: cell, profile and
+    opener, bit.
     """
 
     model: str
@@ -218,11 +235,12 @@ class Fit:
     agreements: int
     divergences: Mapping[str, int]
     first: tuple[Cell, Measured, int] | None
+    silent: int = 0
 
     @property
     def explains(self) -> bool:
-        """True if every case agrees."""
-        return self.cases == self.agreements
+        """True if every case agrees, and nothing about MSR 0x48 is left open: a silent oracle explains nothing."""
+        return self.cases == self.agreements and self.cases > 0 and not self.silent
 
 
 def _count(mask: int) -> int:
@@ -231,7 +249,7 @@ def _count(mask: int) -> int:
 
 def fit(machine: Machine, host: Host, rows: Sequence[Measured]) -> Fit:
     """Compare a model with a measured matrix; rows in an order in which the first divergence is the simplest."""
-    cases = agreements = 0
+    cases = agreements = silent = 0
     divergences: dict[str, int] = {}
     first: tuple[Cell, Measured, int] | None = None
     cache: dict[tuple[int, bool, int], Expected] = {}
@@ -240,24 +258,29 @@ def fit(machine: Machine, host: Host, rows: Sequence[Measured]) -> Fit:
         model = cache.get(key)
         if model is None:
             model = cache[key] = expected(machine, row.profile, host, row.opener)
-        for cell in CELLS:
+        for cell in (*CELLS, *BESIDE):
             seen = row.masks.get(cell.name)
             if seen is None:
                 continue
-            known = model.decided.get(cell.name, 0) & (1 if cell.single else ALL_BITS)
+            asked = 1 if cell.single else ALL_BITS
+            known = model.decided.get(cell.name, 0) & asked
             wrong = (seen ^ model.masks.get(cell.name, 0)) & known
             count = _count(known)
             cases += count
+            silent += _count(asked & ~known) if cell in CELLS else 0
             agreements += count - _count(wrong)
             if wrong:
                 divergences[cell.name] = divergences.get(cell.name, 0) + _count(wrong)
                 if first is None:
                     first = (cell, row, (wrong & -wrong).bit_length() - 1)
-    return Fit(machine.name, cases, agreements, divergences, first)
+    return Fit(machine.name, cases, agreements, divergences, first, silent)
 
 
 def answers_of(machine: Machine, cell: Cell, row: Measured, bit: int, host: Host) -> list[Answer | None]:
     """Return what a machine answers to the program of one bit of a cell."""
+    if cell in BESIDE:
+        taken = machine.beside(row.profile, host)[cell.name][0] >> bit & 1
+        return [Word.OK if taken else Word.REFUSED if cell.name.endswith("host") else Word.GP]
     return answers(machine, program_of(cell, row.profile, bit, row.opener), host)
 
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from probe import features as f
 from probe.masks import ALL_BITS
-from probe.models.machine import DENY_READ, DENY_WRITE, Host, State
+from probe.models.machine import BESIDE_NAMES, DENY_READ, DENY_WRITE, Host, State
 from probe.models.profile import Profile, mask_of_features
 from probe.registers import IBRS, SSBD, STIBP
 from probe.registers import SPEC_CTRL as REGISTER
@@ -56,6 +56,7 @@ class PeerMachine:
     unsaid_by_host: int = 0
     stores: bool = True
     family: str = "peer"
+    others: int | None = None  # the bits of IA32_PRED_CMD and VIRT_SPEC_CTRL that it accepts; None: not said
 
     def start(self, profile: Profile, host: Host) -> State:
         """Return a fresh vCPU."""
@@ -101,6 +102,10 @@ class PeerMachine:
     def set_filter(self, state: State, denied: int) -> State:
         """Deny guest accesses."""
         return replace(state, denied=denied)
+
+    def beside(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        """Say of the registers beside it what the rule says of every register."""
+        return {} if self.others is None else dict.fromkeys(BESIDE_NAMES, (self.others, ALL_BITS))
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,10 @@ class PassThrough:
     def set_filter(self, state: State, denied: int) -> State:
         """Deny guest accesses."""
         return replace(state, denied=denied)
+
+    def beside(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:
+        """Say nothing of the registers beside it."""
+        return {}
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------
@@ -245,8 +254,8 @@ MACHINES: tuple[PeerMachine | PassThrough, ...] = (
         lambda profile, host: IBRS | STIBP,
         lambda profile, host: IBRS | STIBP,
     ),
-    PeerMachine("bhyve-strict", "bhyve: no such register", _BHYVE, _nothing, _nothing),
-    PeerMachine("bhyve", "bhyve -w: ignored, reads 0", _BHYVE, _everything, _everything, stores=False),
+    PeerMachine("bhyve-strict", "bhyve: no such register", _BHYVE, _nothing, _nothing, others=0),
+    PeerMachine("bhyve", "bhyve -w: ignored, reads 0", _BHYVE, _everything, _everything, stores=False, others=ALL_BITS),
     PeerMachine(
         "bochs-2.7",
         "Bochs 2.7 and 2.8: IBRS, STIBP, SSBD if the CPU model has them",
@@ -261,7 +270,9 @@ MACHINES: tuple[PeerMachine | PassThrough, ...] = (
         lambda profile, host: 0x5FF,
         lambda profile, host: 0x5FF,
     ),
-    PeerMachine("qemu-tcg", "QEMU TCG: ignored, reads 0", _QEMU, _everything, _everything, stores=False),
+    PeerMachine(
+        "qemu-tcg", "QEMU TCG: ignored, reads 0", _QEMU, _everything, _everything, stores=False, others=ALL_BITS
+    ),
     PeerMachine(
         "kvm-unit-tests",
         "the oracle of kvm-unit-tests: enumerated bits of the first three succeed; with none of them, all take #GP",

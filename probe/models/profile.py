@@ -111,6 +111,11 @@ NAMED: tuple[Named, ...] = (
     ),
     Named("dali", profile(_F.AMD_IBPB, _F.AMD_STIBP), f"AMD 17-20-01 (3020e), EBX 00029007; {_INSTLATX64}"),
     Named("4700s", profile(_F.AMD_SSBD, _F.AMD_IBPB), f"AMD 17-47-00, EBX 01023eff; {_INSTLATX64}"),
+    Named(
+        "virt-ssbd",
+        profile(_F.AMD_IBPB, _F.VIRT_SSBD),
+        "QEMU docs/system/cpu-models-x86.rst.inc, virt-ssbd on EPYC-IBPB: SSBD by MSR 0xc001011f",
+    ),
     Named("psfd-only", profile(_F.AMD_PSFD), "openvmm pull request 3534 (2026-05-20)"),
     Named("knights-landing", profile(_F.SPEC_CTRL), f"Intel 06-57-01, 7.0.EDX 04000000; {_INSTLATX64}"),
     Named("qemu-ibrs", profile(_F.SPEC_CTRL), f"the -IBRS models (Nehalem to Skylake); {_QEMU}"),
@@ -127,12 +132,15 @@ _BY_NAME = {named.name: named.profile for named in NAMED}
 
 
 def parse_profile(text: str) -> Profile:
-    """Read a named profile, or CPUID bits by name with commas; raise UsageError, which lists the names, for others."""
+    """Read a named profile, CPUID bits by name, or both with commas; raise UsageError, which lists the names."""
     if text in _BY_NAME:
         return _BY_NAME[text]
     mask = 0
     for word in text.split(","):
         name = word.strip()
+        if name in _BY_NAME and not _BY_NAME[name].no_cpuid:
+            mask |= _BY_NAME[name].mask
+            continue
         if name not in _POSITION:
             raise UsageError(
                 f"no profile or CPUID bit is called {name!r}",

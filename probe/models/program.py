@@ -42,6 +42,7 @@ _TAKES_VALUE = (Kind.HOST_SET, Kind.GUEST_WR, Kind.DENY)
 _TAKES_INDEX = (Kind.HOST_SET, Kind.HOST_GET, Kind.GUEST_WR, Kind.GUEST_RD, Kind.DENY)
 READING = (Kind.HOST_GET, Kind.GUEST_RD)
 IN_GUEST = (Kind.GUEST_WR, Kind.GUEST_RD)
+ACCESSES = (Kind.HOST_SET, Kind.HOST_GET, Kind.GUEST_WR, Kind.GUEST_RD)
 _DENIED = {"rd": 1, "wr": 2, "rdwr": 3}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
-from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry
+from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry, driver_differs
 from probe.masks import format_bits, hex64, parse_hex64
 from probe.models.matrix import CELLS
 from probe.report.layout import WIDTH, field, fields, joined, paragraph
@@ -17,12 +17,22 @@ _KIN = (("pred_cmd", "IA32_PRED_CMD (0x49)"), ("virt_spec_ctrl", "VIRT_SPEC_CTRL
 
 def render(record: KvmRecord, *, rows: int = 12) -> str:
     """Return the report; of the groups of profiles at most rows are shown, the largest first."""
-    word = "explained by " + ", ".join(record.explained_by) if record.explained_by else "explained by no model"
-    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48): {word}"), ""]
+    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48): {explained(record)}"), ""]
     lines += [*_machine(record), "", *_models(record), *_explored(record), *_rows(record, rows)]
     if record.notes:
         lines += ["", *fields("notes", record.notes)]
     return joined(lines)
+
+
+def explained(record: KvmRecord) -> str:
+    """Say which model explains this kernel; if several do, the one that its version speaks for."""
+    names = record.explained_by
+    if not names:
+        return "explained by no model"
+    if len(names) == 1 or not record.follows:
+        return "explained by " + ", ".join(names)
+    others = ", ".join(name for name in names if name != record.follows)
+    return f"explained by {record.follows}, of its version; alike here: {others}"
 
 
 def _machine(record: KvmRecord) -> list[str]:
@@ -41,17 +51,31 @@ def _machine(record: KvmRecord) -> list[str]:
         lines += field(
             "place", f"guest of our own: {guest.kernel} {guest.kernel_version}, {guest.qemu}, {guest.accelerator}"
         )
+        if guest.cpu:
+            lines += field("", f"CPUID bits given to the emulated CPU: {guest.cpu.replace(',', ', ')}")
         if guest.tested is not UNSET:
             lines += field("", f"KVM's own test of a value was made to accept {guest.tested} (spec_ctrl_model)")
     lines += field("register", f"KVM_SET_MSRS takes   {hardware.tested}  bits {_bits(hardware.tested)}")
     lines += field("", f"a guest let through  {hardware.valid}  bits {_bits(hardware.valid)}")
     lines += field("", f"and reads back       {hardware.keep}  bits {_bits(hardware.keep)}")
+    if record.driver is not UNSET:
+        lines += field("", _driver(record))
     lines += field("", _switched(record))
     lines += field("CPUID", f"host: {hardware.host_cpuid.replace(',', ', ')}")
     lines += field("", f"offered to guests: {hardware.supported_cpuid.replace(',', ', ')}")
     profiles = sum(len(row.profiles) for row in record.rows)
     lines += field("run", f"{record.started}, {record.duration:.1f} s, {profiles} profiles, {record.tool.version}")
     return lines
+
+
+def _driver(record: KvmRecord) -> str:
+    """Say what the msr driver answered, beside what KVM's own test of a value did."""
+    assert record.driver is not UNSET
+    accepts, unanswered = record.driver.accepts, parse_hex64(record.driver.unanswered)
+    differ = driver_differs(record)
+    alike = f"UNLIKE KVM_SET_MSRS on {format_bits(differ)}" if differ else "as KVM_SET_MSRS"
+    silent = f", no answer for bits {format_bits(unanswered)}" if unanswered else ""
+    return f"the msr driver takes {accepts}  {alike}{silent} (CPU {record.driver.cpu})"
 
 
 def _switched(record: KvmRecord) -> str:
@@ -62,6 +86,8 @@ def _switched(record: KvmRecord) -> str:
         return "whether VM entry loads it cannot be told: KVM keeps no host write, or none was measured (profile none)"
     if record.hardware.switched:
         return "loaded and saved at VM entry and exit"
+    if "V_SPEC_CTRL" in record.hardware.host_cpuid.split(","):
+        return "not loaded at VM entry: the kernel leaves it to V_SPEC_CTRL, which this CPU does not do"
     return "not loaded at VM entry: X86_FEATURE_MSR_SPEC_CTRL is off on this host"
 
 
@@ -104,7 +130,7 @@ def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
         if record is None:
             lines += paragraph(f"not measured: {why}", head, " " * 26)
             continue
-        lines += paragraph(", ".join(record.explained_by) or "no model", head, " " * 26)
+        lines += paragraph(explained(record).replace("explained by ", ""), head, " " * 26)
         for entry in record.explored:
             found = _found(entry)
             lines += paragraph(f"{entry.model}: {entry.programs} random programs: {found}", " " * 26, " " * 28)

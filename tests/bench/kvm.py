@@ -75,7 +75,7 @@ def random_programs() -> None:
         host = measure_host(kvm, cpuids, 0)
         with Laboratory(kvm, cpuids) as laboratory:
             row = first_writes(laboratory, NONE)
-        model = get("qemu-tcg" if not row["host_first_kept"] else "kvm-5.19")
+        model = get("qemu-tcg" if not row["host_first_kept"] else "kvm-5.19-vmx")
         done = explore(kvm, cpuids, [model], host, most=2000, seconds=120, seed_number=1)
     figure("10,000 random programs of up to 12 steps", done.seconds * 10000 / max(done.programs, 1), 60, "s")
 
