@@ -228,6 +228,19 @@ def _add_predict(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="NAME",
         help="only this model; may be given again; 'all' for all (default: vendor)",
     )
+    question = predict.add_argument_group("what if", "a hypervisor's rule on a host and a guest, without any machine")
+    question.add_argument("--host", metavar="FILE", help="CPUID of the host: a dump or record (default: this CPU)")
+    question.add_argument(
+        "--guest",
+        metavar="FILE|PROFILE",
+        help="CPUID of the guest: a dump, a record, or a profile such as zen2-client (default: what KVM would offer)",
+    )
+    question.add_argument(
+        "--hardware",
+        type=_mask,
+        metavar="MASK",
+        help="the bits that the host's register takes (default: those of the vendor's documents)",
+    )
     predict.add_argument("--json", action="store_true", help="print masks per group of equal CPUs and model, as JSON")
 
 

@@ -17,8 +17,11 @@ from probe.cpuid.dumps import Dump
 from probe.cpuid.machine import MachineCpuid
 from probe.cpuid.snapshot import Snapshot
 from probe.host import Facts
-from probe.masks import format_list, grouped, hex64
+from probe.masks import ALL_BITS, format_list, grouped, hex64
+from probe.models.inference import Inference, infer
+from probe.models.machines import MACHINES
 from probe.models.prediction import Prediction
+from probe.models.profile import profile_of
 from probe.models.registry import MODELS
 from probe.outcome import CpuResult, Observation, Outcome, Restored
 from probe.trial import Plan
@@ -118,9 +121,27 @@ def assemble(
         observations=entries.observation_entries(seen.results),
         verdicts=entries.verdict_entries(verdicts),
         findings=entries.finding_entries(_findings(seen, judge, verdicts, recorded=cpuid_file is not None)),
+        hypervisor_rules=entries.rule_entries(_hypervisor_rules(seen)),
         restore=entries.restore_entries(seen.proof),
         notes=_notes(seen, cpuid_file),
     )
+
+
+_RULES = {"GenuineIntel": ("kvm-vmx", "policy", "peer"), "AuthenticAMD": ("kvm-svm", "policy", "peer")}
+_OTHERS_RULES = ("kvm-vmx", "kvm-svm", "policy", "peer")
+
+
+def _hypervisor_rules(seen: Seen) -> dict[int, list[Inference]]:
+    """Ask every rule about every CPU's walk, if there is a hypervisor; the other vendor's and oracles are left out."""
+    found: dict[int, list[Inference]] = {}
+    for result in seen.results:
+        cpu = seen.cpuid.cpus.get(result.cpu)
+        walked = Observation(fault=ALL_BITS) if result.no_register else result.observation
+        if cpu is None or not cpu.under_hypervisor or not walked.accepted | walked.fault:
+            continue
+        guest, families = profile_of(cpu), _RULES.get(cpu.vendor_string, _OTHERS_RULES)
+        found[result.cpu] = [infer(machine, guest, walked) for machine in MACHINES if machine.family in families]
+    return found
 
 
 def machine_entry(facts: Facts, cpuid: MachineCpuid) -> rec.Machine:

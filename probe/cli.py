@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from probe.doctor import Check
     from probe.models.machine import Machine
     from probe.models.prediction import Model
+    from probe.models.profile import Profile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.argv = list(sys.argv[1:] if argv is None else argv)
         return int(_HANDLERS[arguments.command](arguments))
     except ProbeError as error:
-        _say(f"spec-ctrl-probe: {error}")
+        _complain("spec-ctrl-probe", error)
         return int(error.exit_code)
     except KeyboardInterrupt as error:
         _say(f"spec-ctrl-probe: interrupted{f' by {error}' if error.args else ''}")
@@ -53,6 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # a status of 1 would mean findings
         _say(f"spec-ctrl-probe: internal error: {error!r}")
         return int(ExitCode.FAILED)
+
+
+def _complain(who: str, error: ProbeError) -> None:
+    """Say what went wrong, and of a guest that was lost the last lines of its console."""
+    from probe.errors import GuestLost
+    from probe.report.layout import clean
+
+    _say(f"{who}: {error}")
+    if isinstance(error, GuestLost):
+        for line in error.console:
+            _say(f"  | {clean(line)}")
 
 
 def entry() -> None:
@@ -454,6 +466,8 @@ def _boot(arguments: argparse.Namespace) -> int:
     booted = []
     for one in study_kernels(arguments.kernels.split(","), wanted, _say):
         booted.append(one)
+        if one.error is not None:
+            _complain(one.spec, one.error)
         if one.record is None:
             continue
         one.record.tool.arguments = without_paths(arguments.argv)
@@ -512,6 +526,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     from probe.models import registry
     from probe.report import prediction as report
 
+    if arguments.host or arguments.guest or arguments.hardware is not None:
+        return _what_if(arguments)
     names = arguments.model or ["vendor"]
     models = registry.MODELS if "all" in names else tuple(registry.get(name) for name in names)
     dump = _dump(arguments.file)
@@ -528,6 +544,45 @@ def _predict(arguments: argparse.Namespace) -> int:
     groups = report.grouped(cpus, models)
     sys.stdout.write(report.as_json(form, groups) if arguments.json else report.as_text(form, groups))
     return int(ExitCode.AS_PREDICTED)
+
+
+def _what_if(arguments: argparse.Namespace) -> int:
+    """Answer what a hypervisor's rule would do on one host to one guest; asked by --host, --guest or --hardware."""
+    from probe.models import machines, what_if
+    from probe.models.profile import Profile, profile_of
+    from probe.models.vendor import MODEL
+    from probe.report import prediction as report
+
+    if arguments.file is not None:
+        raise UsageError("FILE does not go with --host, --guest or --hardware", "give the host's as --host FILE")
+    names = arguments.model or ["all"]
+    asked = [one for one in machines.MACHINES if one.family != "oracle"] if "all" in names else map(machines.get, names)
+    dump = _dump(arguments.host)
+    if dump is None:
+        from probe.cpuid.machine import read_machine
+
+        cpus = read_machine((0,)).cpus
+        host, form = cpus[min(cpus)], "this machine"
+    else:
+        host, form = dump.cpus[min(dump.cpus)], dump.form
+    features = profile_of(host).mask
+    guest = _guest_profile(arguments.guest) if arguments.guest else Profile(what_if.offered(features))
+    accepts = arguments.hardware if arguments.hardware is not None else MODEL.predict(host).accepts
+    answers = [what_if.what_if(machine, features, guest, accepts) for machine in asked]
+    tell = report.what_if_as_json if arguments.json else report.what_if_as_text
+    sys.stdout.write(tell(f"{host.vendor} {host.signature:#x}, {form}", features, guest, accepts, answers))
+    return int(ExitCode.AS_PREDICTED)
+
+
+def _guest_profile(text: str) -> Profile:
+    """Read a guest's CPUID: a profile, or else the first CPU of a dump."""
+    from probe.models.profile import parse_profile, profile_of
+
+    if text != "-" and not Path(text).exists():
+        return parse_profile(text)
+    dump = _dump(text)
+    assert dump is not None
+    return profile_of(dump.cpus[min(dump.cpus)])
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from probe.cpuid.dumps import Dump
 from probe.cpuid.snapshot import Leaf, Registers, Snapshot
 from probe.errors import RecordError
 from probe.masks import format_list, hex64
+from probe.models.inference import Inference
 from probe.models.prediction import Prediction
 from probe.outcome import Combined, CpuResult, Observation, Outcome, Restored
 from probe.record import (
@@ -25,6 +26,7 @@ from probe.record import (
     PredictionEntry,
     ReasonEntry,
     RestoreEntry,
+    RuleEntry,
     Saved,
     Varying,
     VerdictEntry,
@@ -204,6 +206,15 @@ def verdict_entries(verdicts: Mapping[int, Mapping[str, Verdict]]) -> list[Verdi
         )
         for cpu, of_cpu in verdicts.items()
         for model, verdict in of_cpu.items()
+    )
+
+
+def rule_entries(rules: Mapping[int, Sequence[Inference]]) -> list[RuleEntry]:
+    """Group what the hypervisors' rules have to do with every CPU's walk."""
+    return _fold(
+        (cpu, RuleEntry(model=one.model, cpus="", says=one.says, against=hex64(one.against)))
+        for cpu, of_cpu in rules.items()
+        for one in of_cpu
     )
 
 

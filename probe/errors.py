@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from errno import errorcode
 
@@ -68,7 +69,11 @@ class KvmError(ProbeError):
 
 
 class GuestLost(ProbeError):
-    """A virtual machine gave no verdict: it hung, died, or never started."""
+    """A virtual machine gave no verdict: it hung, died, or never started. console holds its last lines, if any."""
+
+    def __init__(self, message: str, remedy: str = "", console: Sequence[str] = ()) -> None:
+        super().__init__(message, remedy)
+        self.console = tuple(console)
 
 
 class RecordError(ProbeError):

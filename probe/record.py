@@ -19,7 +19,7 @@ from probe.errors import RecordError
 from probe.masks import hex64, parse_hex64, parse_list
 from probe.outcome import Observation, Outcome
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_ID = f"urn:spec-ctrl-probe:record:{SCHEMA_MAJOR}"
 
 _END = r"$(?!\n)"  # Python's $ also matches before a line feed at the end; that of JSON Schema (ECMA-262) does not
@@ -235,6 +235,15 @@ class VerdictEntry(_Entry):
     not_measured: Mask = hex64(0)
 
 
+class RuleEntry(_Entry):
+    """How a hypervisor's rule stands to what a guest saw: fits, possible, or refuted by the bits of against."""
+
+    model: str
+    cpus: CpuList
+    says: Literal["fits", "possible", "refuted"]
+    against: Mask = hex64(0)
+
+
 class FindingEntry(_Entry):
     """One thing that is not as it should be; see verdict.KINDS for the words of kind."""
 
@@ -255,7 +264,10 @@ class RestoreEntry(_Entry):
 
 
 class Record(_Entry):
-    """One run. started is RFC 3339 in UTC, duration in seconds; judge names the model that findings come from."""
+    """One run. started is RFC 3339 in UTC, duration in seconds; judge names the model that findings come from.
+
+    hypervisor_rules is there for a walk under a hypervisor (since version 1.1).
+    """
 
     schema_version: Version
     tool: Tool
@@ -273,6 +285,7 @@ class Record(_Entry):
     saved: list[Saved] = []
     observations: list[ObservationEntry] = []
     verdicts: list[VerdictEntry] = []
+    hypervisor_rules: list[RuleEntry] = []
     restore: list[RestoreEntry] = []
     notes: list[str] = []
     identity: str = ""

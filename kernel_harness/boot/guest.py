@@ -40,6 +40,7 @@ _LAYERED = ("/etc", "/lib", "/home", "/opt", "/root", "/srv", "/usr", "/var", "/
 _HIDDEN = ("/run", "/dev", "/var/log", "/var/tmp", "/var/cache", "/var/spool/rsyslog", "/var/lib/apt")
 _PATH_THAT_VIRTME_TAKES = re.compile(r"[A-Za-z0-9_+/.-]+\Z")  # virtme-ng 1.42 _SAFE_PATH_PATTERN, less the blank
 _A_PATH = re.compile(r"(?<![\w.])/(?!dev/kvm\b)[^\s:,;'\"()]+")
+_CONSOLE_LINES = 20  # of a lost guest are shown
 _APPEND_MAX = 900  # bytes; x86 takes 2048 (COMMAND_LINE_SIZE), virtme-run needs the rest
 
 # Constant text: command, environment and folder come as files, so that nothing is ever quoted for a shell.
@@ -214,9 +215,12 @@ class Guest:
     def _lost(self, why: str) -> GuestLost:
         stage = "the command ran" if self._started else "before the command began"
         lines = [line.strip() for line in self.console.splitlines() if line.strip()]
-        panic = [line for line in lines[:-8] if "Kernel panic" in line or "BUG: " in line][:2]
-        tail = " | ".join([*panic, *lines[-8:]]) or "nothing"
-        return GuestLost(f"lost the guest with {self._name} ({stage}): {why}; its console said last: {tail}")
+        panic = [line for line in lines if "Kernel panic" in line or "BUG: " in line or "Oops: " in line][:1]
+        said = (panic or lines[-1:] or ["nothing"])[0]
+        word = "its kernel said" if panic else "its console said last"
+        return GuestLost(
+            f"lost the guest with {self._name} ({stage}): {why}; {word}: {said}", console=lines[-_CONSOLE_LINES:]
+        )
 
 
 def _alive(group: int) -> bool:

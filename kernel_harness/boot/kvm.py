@@ -184,5 +184,4 @@ def study_kernels(specs: Sequence[str], wanted: Wanted, say: Say) -> Iterator[Bo
         try:
             yield Booted(spec, study_in_guest(spec, wanted, say))
         except ProbeError as error:
-            say(f"{spec}: {error}")
             yield Booted(spec, None, error)

@@ -215,6 +215,12 @@ def _notes(
         )
     if not entry.backend:
         notes.append("neither kvm_intel nor kvm_amd is loaded as a module: which backend answers cannot be seen")
+    elif entry.backend not in _FAMILIES:
+        notes.append(f"{entry.backend} answers, neither kvm_intel nor kvm_amd alone, of which the eras of KVM speak")
+    if not entry.msr_filter:
+        notes.append("this KVM has no MSR filter (Linux v5.10): no random program changes one")
+    if not entry.user_space_msr:
+        notes.append("this KVM brings no MSR access to userspace (KVM_CAP_X86_USER_SPACE_MSR, Linux v5.10)")
     if not host.hardware.exists:
         notes.append("no host write is accepted, of 0 neither: RDMSR of 0x48 takes #GP on this host, by KVM's own test")
     if len(explained) > 1:

@@ -11,8 +11,10 @@ from probe.cpuid.compare import group_equal
 from probe.cpuid.snapshot import Snapshot
 from probe.masks import bits_of, format_bits, format_list, hex64
 from probe.models.prediction import Effect, Model, Prediction
+from probe.models.profile import Profile
+from probe.models.what_if import WhatIf
 from probe.registers import SPEC_CTRL
-from probe.report.layout import joined, paragraph
+from probe.report.layout import field, joined, paragraph
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,57 @@ def as_text(form: str, groups: Sequence[Group]) -> str:
         for prediction in group.predictions:
             lines += ["", *_one(prediction)]
     return joined(lines)
+
+
+def what_if_as_text(host: str, features: int, guest: Profile, accepts: int, answers: Sequence[WhatIf]) -> str:
+    """Return what rules would do, at most 75 columns wide; features is the host's mask over profile.FEATURES."""
+    lines = [*field("host", host), *field("", str(Profile(features)).replace(",", ", "))]
+    lines += field("guest", str(guest).replace(",", ", "))
+    lines += field("hardware", f"is taken to accept {hex64(accepts)}  bits {format_bits(accepts)}")
+    for answer in answers:
+        lines += ["", *paragraph(answer.machine.title, f"{answer.machine.name:<18}", " " * 18)]
+        for title, mask in (
+            ("first guest write", answer.guest_first),
+            ("once let through", answer.guest_after),
+            ("host write", answer.host_first),
+        ):
+            lines.append(f"  {title:<19}{_accepted(title, mask)}")
+        if answer.open_bits:
+            lines.append(f"  left open          {hex64(answer.open_bits)}  bits {format_bits(answer.open_bits)}")
+        lines += paragraph(answer.machine.source, "  ", "  ")
+    return joined(lines)
+
+
+def _accepted(title: str, mask: int | None) -> str:
+    if mask is None:
+        return "no write lets this guest through" if title == "once let through" else "refused, of 0 too"
+    return f"{hex64(mask)}  bits {format_bits(mask)}"
+
+
+def what_if_as_json(host: str, features: int, guest: Profile, accepts: int, answers: Sequence[WhatIf]) -> str:
+    """Return the same as JSON text; a mask that is null: every write is refused, or nothing lets the guest through."""
+    document = {
+        "host": {"cpu": host, "cpuid": str(Profile(features))},
+        "guest": {"cpuid": str(guest)},
+        "hardware": hex64(accepts),
+        "models": {
+            answer.machine.name: {
+                "guest_first": _or_null(answer.guest_first),
+                "guest_let_through": _or_null(answer.guest_after),
+                "host": _or_null(answer.host_first),
+                "guest_reads": answer.read,
+                "left_open": hex64(answer.open_bits),
+                "title": answer.machine.title,
+                "source": answer.machine.source,
+            }
+            for answer in answers
+        },
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _or_null(mask: int | None) -> str | None:
+    return None if mask is None else hex64(mask)
 
 
 def _one(prediction: Prediction) -> list[str]:

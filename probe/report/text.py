@@ -26,7 +26,7 @@ def render(record: rec.Record) -> str:
         lines += [*_masks(record, entry), "", *_bits(record, entry), ""]
     if record.walk is UNSET:
         lines += [*_plan(record), ""]
-    lines += [*_models(record), "", *_restore(record)]
+    lines += [*_models(record), "", *_rules(record), *_restore(record)]
     if record.notes:
         lines += ["", *fields("notes", record.notes)]
     return joined(lines)
@@ -304,6 +304,36 @@ def _models(record: rec.Record) -> list[str]:
         lines += paragraph(f"{text}{cpus}", f"{clean(prediction.model)[:16]:<17}{prediction.accepts:<20}", " " * 37)
         lines += paragraph(prediction.title, "  ", "  ")
     return lines
+
+
+def _rules(record: rec.Record) -> list[str]:
+    """Name the hypervisors' rules that fit what was seen, and those that may; of the refuted, how many."""
+    lines: list[str] = []
+    for cpus in dict.fromkeys(entry.cpus for entry in record.hypervisor_rules):
+        of_cpus = [entry for entry in record.hypervisor_rules if entry.cpus == cpus]
+        where = "" if _covers_all(record, cpus) else f" on {_cpus(cpus)}"
+        fits, may = _ranges(of_cpus, "fits"), _ranges(of_cpus, "possible")
+        refuted = sum(entry.says == "refuted" for entry in of_cpus)
+        lines += field("" if lines else "hypervisor", f"rules that fit what this guest saw{where}: {fits}")
+        lines += field("", f"that may, with the right hardware and history: {may}")
+        lines += field("", f"refuted: {refuted} others")
+    return [*lines, ""] if lines else []
+
+
+def _ranges(entries: Sequence[rec.RuleEntry], says: str) -> str:
+    """Name the rules of one kind; three eras or more of KVM that follow one another as a range."""
+    runs: list[list[str]] = []
+    last = ""
+    for entry in entries:
+        era = clean(entry.model).rpartition("-")[2] if entry.model.startswith("kvm-") else ""
+        if entry.says == says:
+            if era and era == last:
+                runs[-1].append(clean(entry.model))
+            else:
+                runs.append([clean(entry.model)])
+        last = era if entry.says == says else ""
+    told = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs]
+    return ", ".join(told) or "none"
 
 
 def _covers_all(record: rec.Record, cpus: str) -> bool:

@@ -111,5 +111,12 @@ def test_ignore_msrs_and_a_kernel_without_filters_are_said() -> None:
 
 def test_a_kernel_that_panics_is_lost_with_its_last_words() -> None:
     with pytest.raises(GuestLost) as caught:
-        study("debian:bookworm", 0, append=("panic_on_oops=1", "init=/nowhere"))
+        study("debian:bookworm", 0, append=("rdinit=/nowhere",))
     assert "Kernel panic" in str(caught.value)
+    assert 5 < len(caught.value.console) <= 20
+    assert any("Kernel panic" in line for line in caught.value.console)
+
+
+def test_a_kernel_without_kvm_for_this_cpu_is_named() -> None:
+    with pytest.raises(RequirementMissing, match="debian:bookworm has no KVM for this guest's CPU"):
+        study("debian:bookworm", 0, append=("module_blacklist=kvm_amd,kvm_intel",))

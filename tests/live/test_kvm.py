@@ -164,6 +164,50 @@ def test_no_device_is_a_requirement_with_a_cure() -> None:
         Kvm("/dev/null")
 
 
+def test_no_permission_is_a_requirement_with_a_cure(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody without permission")
+    # All is imported before: who has no permission may not read this Python, or this checkout, either.
+    code = (
+        "import os, sys, kernel_harness.kvm.study, probe.kvm_record, probe.store, probe.report.kvm_text; "
+        "from probe.cli import main; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+        "sys.exit(main(['kvm', '--record', '-']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if Path("/dev/kvm").stat().st_mode & 0o006 == 0o006:
+        pytest.skip("everybody may open /dev/kvm here")
+    assert done.returncode == 4, done.stderr
+    assert "cannot open /dev/kvm: Permission denied (run it as root, or as a member of the device" in done.stderr
+    assert done.stdout == ""
+
+
+class _OldKvm(Kvm):
+    """KVM as it was before v5.10."""
+
+    def check_extension(self, cap: int) -> int:
+        if cap in (uapi.KVM_CAP_X86_MSR_FILTER, uapi.KVM_CAP_X86_USER_SPACE_MSR):
+            return 0
+        return super().check_extension(cap)
+
+
+def test_a_kvm_without_filters_says_so_and_explores_without(cpuids: Cpuids, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _OldKvm() as old:
+        with pytest.raises(RequirementMissing, match=r"no MSR filter \(KVM_CAP_X86_MSR_FILTER, Linux v5\.10\)"):
+            run_program(old, cpuids, parse("profile none; deny 0x48 wr")[0])
+        assert run_program(old, cpuids, parse("profile none; host-get 0x48")[0]) == [0]
+    monkeypatch.setattr("kernel_harness.kvm.study.Kvm", _OldKvm)
+    record = study([NONE], arguments=[], programs=50)
+    assert (record.kvm.msr_filter, record.kvm.user_space_msr) == (False, False)
+    assert any("no MSR filter" in note for note in record.notes)
+    assert any("KVM_CAP_X86_USER_SPACE_MSR" in note for note in record.notes)
+
+
+def test_a_backend_that_no_model_speaks_of_is_named(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_harness.kvm.host.backend", lambda: "kvm_new")
+    record = study([NONE], arguments=[])
+    assert any(note.startswith("kvm_new answers, neither kvm_intel nor kvm_amd") for note in record.notes)
+
+
 def test_thousands_of_vcpus_leave_nothing_behind(kvm: Kvm, cpuids: Cpuids) -> None:
     """10,000 vCPUs: no descriptor, mapping or memory stays."""
 

@@ -28,6 +28,7 @@ from probe.journal import Journal, Lock, read_leftover
 from probe.masks import ALL_BITS, hex64
 from probe.outcome import Restored
 from probe.registers import BP_CFG, STIBP
+from probe.report import text
 from probe.run import TAINT_WARNING, Ears, Options, run
 from tests.fakes import SPEC_CTRL, FakeMsr, FakeRegister
 from tests.fakes_machine import HOSTS, cpuid_of, in_guest, make_tree, sapphire_rapids, small_cpu, threadripper
@@ -217,6 +218,24 @@ def test_a_register_that_is_not_there(world: World) -> None:
     assert TAINT_WARNING not in world.said
     assert [finding.kind for finding in record.findings] == ["unexpected_fault"]
     assert record.restore == []
+
+
+def test_under_a_hypervisor_its_rules_are_asked(world: World) -> None:
+    """A guest of VirtualBox: 0x3 and no other bit."""
+    world.cpus = {cpu: in_guest(one) for cpu, one in threadripper().items()}
+    for register in world.registers.values():
+        register.valid = 0x3
+    record = world.run()
+    rules = {entry.model: entry for entry in record.hypervisor_rules}
+    assert rules["virtualbox"].says == "fits"
+    assert (rules["qemu-tcg"].says, rules["qemu-tcg"].against) == ("refuted", hex64(ALL_BITS))
+    assert "kvm-unit-tests" not in rules, "an oracle is no hypervisor"
+    assert "rules that fit what this guest saw: virtualbox" in " ".join(text.render(record).split())
+    assert rec.decode(rec.encode(record), "x").hypervisor_rules == record.hypervisor_rules
+
+
+def test_on_the_metal_no_hypervisor_is_asked(world: World) -> None:
+    assert world.run().hypervisor_rules == []
 
 
 def test_identity_and_arguments_are_what_was_given(world: World) -> None:
