@@ -143,6 +143,45 @@ def _add_kvm(commands: argparse._SubParsersAction[_Parser]) -> None:
     explore.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="at most this long (default 60)")
     explore.add_argument("--seed", type=_many, default=1, metavar="N", help="default 1")
     explore.add_argument("--save", metavar="PATH", help="write what is found to a file, for kvm replay")
+    _add_policy(inner)
+    _add_live_migration(inner)
+
+
+def _add_policy(inner: argparse._SubParsersAction[_Parser]) -> None:
+    policy = inner.add_parser(
+        "policy",
+        help="run guests under a policy: who decides their writes",
+        description="Guests obey a policy instead of KVM's own rule: the MSR filter denies them MSR 0x48, each write "
+        "comes to us and is completed, dropped or answered with #GP. Without a name: lists the policies.",
+    )
+    policy.add_argument(
+        "policy", nargs="?", metavar="NAME|FILE.py", help="a policy, or a file with a function decide()"
+    )
+    policy.add_argument("--compare", metavar="NAME|FILE.py", help="where guests see a difference to this policy")
+    policy.add_argument("--cost", action="store_true", help="what WRMSR and RDMSR cost a guest under it, or under all")
+    policy.add_argument(
+        "--table", action="store_true", help="all policies: the guests and migrations that break, and the cost"
+    )
+    _add_matrix_options(policy)
+    for action in policy._actions:  # those of `kvm` itself have the defaults
+        if action.dest not in ("policy", "compare", "cost", "table", "help"):
+            action.default = argparse.SUPPRESS
+
+
+def _add_live_migration(inner: argparse._SubParsersAction[_Parser]) -> None:
+    migrate = inner.add_parser(
+        "migrate",
+        help="move a guest between two VMs of this KVM",
+        description="Runs a program's guest on one VM, saves the register as a VMM saves it, restores it on another "
+        "with its own policy and CPUID, and tells what the guest reads then.",
+    )
+    migrate.add_argument(
+        "program", nargs="?", metavar="FILE", help="a file with a program; -; left out: the case of 2020, every policy"
+    )
+    migrate.add_argument("--from-policy", metavar="NAME|FILE.py", help="policy on the source (default: KVM alone)")
+    migrate.add_argument("--to-policy", metavar="NAME|FILE.py", help="policy on the destination (default: KVM alone)")
+    migrate.add_argument("--to-profile", type=_profile, metavar="NAME|BITS", help="guest's CPUID there (the same)")
+    migrate.add_argument("--rule", default="kvm", metavar="VMM", help="kvm, qemu, xen, firecracker, cloud-hypervisor")
 
 
 def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -266,6 +305,15 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     diff = inner.add_parser("diff", help="the shortest program on which two state machines differ")
     diff.add_argument("one", metavar="A")
     diff.add_argument("other", metavar="B")
+    migrate = commands.add_parser(
+        "migrate",
+        help="say what breaks when guests move between recorded machines",
+        description="For two records: the bits that a guest may hold on the first, and the second would refuse or "
+        "lose, under each VMM's rule. For a folder: every pair, and the CPUID change that makes the pool safe.",
+    )
+    migrate.add_argument("records", nargs="+", metavar="RECORD|DIR", help="two records, or one folder of records")
+    migrate.add_argument("--rule", default="qemu", metavar="VMM", help="rule of a pool's matrix (default qemu)")
+    migrate.add_argument("--json", action="store_true", help="print every pair and rule as JSON")
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     schema.add_argument("kind", nargs="?", choices=("run", "kvm"), default="run", help="of which record (default: run)")
 

@@ -407,6 +407,17 @@ def _kvm(arguments: argparse.Namespace) -> int:
         return _kvm_replay(arguments)
     if arguments.kvm_command == "explore":
         return _kvm_explore(arguments)
+    if arguments.kvm_command == "migrate":
+        return _kvm_migrate(arguments)
+    policy = None
+    if arguments.kvm_command == "policy":
+        if not arguments.policy or arguments.compare or arguments.cost or arguments.table:
+            return _kvm_policy(arguments)
+        from kernel_harness.kvm.policy_file import find
+
+        policy = find(arguments.policy)
+    from msgspec import UnsetType
+
     from kernel_harness.kvm.study import all_profiles, study
     from probe import kvm_record, store
     from probe.journal import STATE_DIR
@@ -424,7 +435,8 @@ def _kvm(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         programs=arguments.programs,
         seed=arguments.seed,
-        driver=Path(arguments.state_dir or STATE_DIR) if arguments.write else None,
+        driver=Path(arguments.state_dir or STATE_DIR) if arguments.write and policy is None else None,
+        policy=policy,
         progress=_Progress("profiles"),
         say=_say,
     )
@@ -437,7 +449,89 @@ def _kvm(arguments: argparse.Namespace) -> int:
     if arguments.record != "-":
         path = Path(arguments.record) if arguments.record else store.default_kvm_path(record)
         _say(f"record: {store.write_atomically(raw, path, replace=arguments.record is not None)}")
+    if policy is not None and kvm_record.complaints(record):
+        return int(ExitCode.FAILED)
+    if (
+        not isinstance(record.driver, UnsetType) and record.driver.error
+    ):  # it was asked for, and the record has the rest
+        return record.driver.exit_code
     return int(ExitCode.AS_PREDICTED if kvm_record.as_predicted(record) else ExitCode.FINDINGS)
+
+
+def _kvm_policy(arguments: argparse.Namespace) -> int:
+    """List policies, compare two, or tell what they break and cost."""
+    from kernel_harness.kvm import policy_file
+    from kernel_harness.kvm.commands import policy_costs
+    from probe.models import machines
+    from probe.models.difference import policy_difference
+    from probe.models.migration import BY_NAME
+    from probe.models.policy import POLICIES, PolicyMachine
+    from probe.report import policy_text
+
+    over = machines.get("kvm-6.19-svm")  # the newest rule of KVM, over which policies are compared without a machine
+    chosen = [policy_file.find(arguments.policy)] if arguments.policy else []
+    if arguments.compare:
+        if not chosen:
+            raise UsageError("--compare wants a policy to compare with", "kvm policy NAME --compare OTHER")
+        one, other = PolicyMachine(chosen[0], over), PolicyMachine(policy_file.find(arguments.compare), over)
+        found = policy_difference(one, other)
+        sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, [one, other]))
+        return int(ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
+    if not (arguments.cost or arguments.table):
+        sys.stdout.write(policy_text.catalogue(policy_file.EXAMPLE))
+        return int(ExitCode.AS_PREDICTED)
+    policies = chosen or list(POLICIES)
+    if arguments.table:
+        asked = [PolicyMachine(policy, over) for policy in policies]
+        names = [policy.name for policy in policies]
+        sys.stdout.write(policy_text.survival(asked, names) + "\n")
+        sys.stdout.write(policy_text.moves(asked, names, BY_NAME["qemu"]) + "\n")
+    sys.stdout.write(policy_text.costs(policy_costs(policies, _Progress("policies"))))
+    return int(ExitCode.AS_PREDICTED)
+
+
+def _kvm_migrate(arguments: argparse.Namespace) -> int:
+    from kernel_harness.kvm import policy_file
+    from kernel_harness.kvm.commands import migrate_program, migrate_study
+
+    find = policy_file.find
+    if arguments.program is None:
+        outcome = migrate_study(arguments.rule)
+    else:
+        outcome = migrate_program(
+            _program_text(arguments.program),
+            source=find(arguments.from_policy) if arguments.from_policy else None,
+            target=find(arguments.to_policy) if arguments.to_policy else None,
+            profile=arguments.to_profile,
+            rule=arguments.rule,
+        )
+    sys.stdout.write(outcome.text)
+    return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from probe import store
+    from probe.models.migration import BY_NAME
+    from probe.pool import grouped, place_of
+    from probe.report import migrate_text
+
+    if arguments.rule not in BY_NAME:
+        raise UsageError(f"no rule is called {arguments.rule!r}", f"one of: {', '.join(BY_NAME)}")
+    paths = [Path(path) for path in arguments.records]
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = sorted(paths[0].rglob("*.json"))
+    if len(paths) < 2:
+        raise UsageError("a migration needs two records", "give two records, or a folder that holds some")
+    places = [place_of(store.read_any(path), path.name) for path in paths]
+    groups = grouped(places)
+    if arguments.json:
+        sys.stdout.write(migrate_text.as_json(groups))
+    elif len(places) == 2:
+        sys.stdout.write(migrate_text.pair(*places) + "\n" + migrate_text.pair(*reversed(places)))
+    else:
+        sys.stdout.write(migrate_text.matrix(groups, BY_NAME[arguments.rule]))
+    broken = migrate_text.breaks(groups, BY_NAME[arguments.rule])
+    return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
 
 
 def _boot(arguments: argparse.Namespace) -> int:
@@ -447,7 +541,7 @@ def _boot(arguments: argparse.Namespace) -> int:
     from probe.report import kvm_text
 
     inside = [word for word in arguments.inside if word != "--"] or ["kvm"]
-    if inside[0] != "kvm" or {"replay", "explore", "--record", "--json"} & set(inside):
+    if inside[0] != "kvm" or {"replay", "explore", "migrate", "--record", "--json"} & set(inside):
         raise UsageError(
             f"cannot run {' '.join(inside)!r} in the guests", "want: -- kvm [--profile ...] [--programs N]"
         )
@@ -484,18 +578,21 @@ def _boot(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED if explained else ExitCode.FINDINGS)
 
 
+def _program_text(path: str) -> str:
+    """Read a program's text, of at most 1 MiB, from a file or standard input."""
+    try:
+        if path == "-":
+            return sys.stdin.read(1 << 20)
+        with open(path, encoding="utf-8") as file:
+            return file.read(1 << 20)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}", "give a file with a program, or -") from error
+
+
 def _kvm_replay(arguments: argparse.Namespace) -> int:
     from kernel_harness.kvm.commands import replay
 
-    try:
-        if arguments.program == "-":
-            text = sys.stdin.read(1 << 20)
-        else:
-            with open(arguments.program, encoding="utf-8") as file:
-                text = file.read(1 << 20)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {arguments.program}: {error}", "give a file with a program, or -") from error
-    outcome = replay(text, arguments.model)
+    outcome = replay(_program_text(arguments.program), arguments.model)
     sys.stdout.write(outcome.text)
     return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
 
@@ -567,7 +664,8 @@ def _what_if(arguments: argparse.Namespace) -> int:
         host, form = dump.cpus[min(dump.cpus)], dump.form
     features = profile_of(host).mask
     guest = _guest_profile(arguments.guest) if arguments.guest else Profile(what_if.offered(features))
-    accepts = arguments.hardware if arguments.hardware is not None else MODEL.predict(host).accepts
+    promised = MODEL.predict(host)
+    accepts = arguments.hardware if arguments.hardware is not None else promised.accepts if promised.exists else None
     answers = [what_if.what_if(machine, features, guest, accepts) for machine in asked]
     tell = report.what_if_as_json if arguments.json else report.what_if_as_text
     sys.stdout.write(tell(f"{host.vendor} {host.signature:#x}, {form}", features, guest, accepts, answers))
@@ -734,5 +832,6 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "restore": _restore,
     "show": _show,
     "models": _models,
+    "migrate": _migrate,
     "schema": _schema,
 }

@@ -15,11 +15,13 @@ from msgspec import UNSET, Struct, UnsetType
 
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64, parse_hex64
-from probe.models import machines
 from probe.models.machine import Host, first_difference
+from probe.models.machine import Machine as Machine_
 from probe.models.matrix import Fit, Measured, answers_of, program_of
+from probe.models.policy import PolicyMachine
 from probe.models.profile import NAMED, Profile, parse_profile
 from probe.models.program import Answer, Program, format_answer, written
+from probe.models.versions import release_of
 from probe.record import Kernel, Machine, Mask, Time, Tool, Version, closed_schema
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
@@ -52,6 +54,7 @@ class HardwareEntry(_Entry):
     supported_cpuid: str
     start: Mask = hex64(0)
     pred_cmd: Mask = hex64(0)
+    loaded: bool = True
 
 
 class RowEntry(_Entry):
@@ -98,14 +101,32 @@ class ExploredEntry(_Entry):
     steady: bool = True
 
 
+class PolicyEntry(_Entry):
+    """The policy that guests obeyed, over the model of the kernel that carried it out; source is a document or "FILE".
+
+    complaints: what the policy did that is no decision (such a write took #GP), each with how often.
+    """
+
+    name: str
+    title: str
+    source: str
+    over: str
+    complaints: dict[str, int] = {}
+
+
 class DriverEntry(_Entry):
     """What the msr driver says of one CPU's own register, asked bit by bit: the masks of bits that it took, that took
-    #GP, and that gave no answer."""
+    #GP, and that gave no answer.
+
+    error: why it was not asked, or not to the end, with the exit code of that error; the masks are 0 then.
+    """
 
     cpu: int
     accepts: Mask
     faults: Mask
     unanswered: Mask
+    error: str = ""
+    exit_code: int = 0
 
 
 class GuestPlace(_Entry):
@@ -127,7 +148,8 @@ class KvmRecord(_Entry):
     """One matrix. started is RFC 3339 in UTC, duration in seconds.
 
     explained_by names the models that decide every case and have every one right, follows the one of them that stands
-    for this kernel's version ("" if none does, or none explains). driver is there if the msr driver was asked, too.
+    for this kernel's version ("" if none does, or that one is refuted). driver is there if the msr driver was asked,
+    too, policy if guests obeyed one: then its own model has to explain what was seen.
     """
 
     kind: Literal["kvm"]
@@ -144,6 +166,7 @@ class KvmRecord(_Entry):
     explained_by: list[str]
     follows: str = ""
     driver: Union[DriverEntry, UnsetType] = UNSET
+    policy: Union[PolicyEntry, UnsetType] = UNSET
     explored: list[ExploredEntry] = []
     notes: list[str] = []
     guest: Union[GuestPlace, UnsetType] = UNSET
@@ -169,6 +192,7 @@ def hardware_entry(host: Host) -> HardwareEntry:
         start=hex64(hardware.start),
         pred_cmd=hex64(hardware.pred_cmd),
         switched=host.switched,
+        loaded=host.loaded,
         host_cpuid=str(Profile(host.features)),
         supported_cpuid=str(Profile(host.caps)),
     )
@@ -194,9 +218,10 @@ def rows_of(record: KvmRecord) -> list[Measured]:
     return rows
 
 
-def fit_entry(fit: Fit, host: Host, run: Callable[[Program], Sequence[Answer]]) -> FitEntry:
+def fit_entry(
+    machine: Machine_ | PolicyMachine, fit: Fit, host: Host, run: Callable[[Program], Sequence[Answer]]
+) -> FitEntry:
     """Turn a model's fit into its entry; run gives the kernel's answers to the program of the first divergence."""
-    machine = machines.get(fit.model)
     first: Union[DivergenceEntry, UnsetType] = UNSET
     if fit.first is not None:
         cell, row, bit = fit.first
@@ -237,16 +262,32 @@ def explaining(fits: Iterable[Fit]) -> list[str]:
 
 
 def driver_differs(record: KvmRecord) -> int:
-    """Return the mask of the bits on which the msr driver and KVM's own test of a value disagree; 0 if not asked."""
-    if record.driver is UNSET:
+    """Return the mask of the bits on which the msr driver and KVM's own test of a value disagree; 0 if not asked.
+
+    KVM tries a value on the hardware from v5.9 on: what an older one takes is its own mask, and need not agree.
+    """
+    version = release_of(record.kernel.release, record.kernel.version)
+    if record.driver is UNSET or record.driver.error or (version is not None and version < (5, 9, 0)):
         return 0
     answered = ALL_BITS & ~parse_hex64(record.driver.unanswered)
     return (parse_hex64(record.driver.accepts) ^ parse_hex64(record.hardware.tested)) & answered
 
 
 def as_predicted(record: KvmRecord) -> bool:
-    """Tell whether there is nothing to look into: some model explains every case, and the msr driver agrees."""
+    """Tell whether there is nothing to look into: some model explains every case, and the msr driver agrees.
+
+    Under a policy the model has to be the policy's own.
+    """
+    if record.policy is not UNSET:
+        return f"{record.policy.name} over {record.policy.over}" in record.explained_by
     return bool(record.explained_by) and not driver_differs(record)
+
+
+def complaints(record: KvmRecord) -> list[str]:
+    """Return what the policy did that is no decision, each with how often; nothing without a policy."""
+    if record.policy is UNSET:
+        return []
+    return [f"{count} times it {what}" for what, count in record.policy.complaints.items()]
 
 
 def encode(record: KvmRecord) -> bytes:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probe.errors import RecordError
-from probe.kvm_record import KvmRecord
+from probe.kvm_record import KvmRecord, is_kvm_record
+from probe.kvm_record import decode as decode_kvm
 from probe.record import Machine, Record, decode
 
 LARGEST_RECORD = 64 << 20
@@ -52,6 +53,12 @@ def read_raw(path: str, stdin: BinaryIO | None = None) -> tuple[bytes, str]:
     if len(raw) > LARGEST_RECORD:
         raise RecordError(f"{name} is larger than {LARGEST_RECORD >> 20} MiB", "a record of 512 CPUs has 64 KiB")
     return raw, name
+
+
+def read_any(path: Path) -> Record | KvmRecord:
+    """Read a record of either kind; raise RecordError if it is none."""
+    raw, name = read_raw(str(path))
+    return decode_kvm(raw, name) if is_kvm_record(raw) else decode(raw, name)
 
 
 def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:

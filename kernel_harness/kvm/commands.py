@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kernel_harness.kvm.cost import measure_costs
 from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure_host
+from kernel_harness.kvm.migrate import STUDY, STUDY_TO, Moved, move
 from kernel_harness.kvm.runner import Cpuids, run_program
 from probe.errors import RequirementMissing
 from probe.models import machines
+from probe.models.cost import Costs
 from probe.models.machine import answers
+from probe.models.policy import POLICIES, Policy
+from probe.models.profile import parse_profile
 from probe.models.program import Answer, format_answer, parse, written
 
 
@@ -89,6 +94,59 @@ def explore_model(
         f"# rule: {machine.source}",
     ]
     return Outcome("\n".join(lines) + "\n", False)
+
+
+def policy_costs(policies: Sequence[Policy], progress: Callable[[int, int], None]) -> Costs:
+    """Measure what accesses cost a guest under each policy, on this host."""
+    with Kvm() as kvm, ticking():
+        host = measure_host(kvm, Cpuids(kvm), features())
+    return measure_costs(policies, host, progress)
+
+
+def migrate_program(
+    text: str, *, source: Policy | None, target: Policy | None, profile: str | None, rule: str
+) -> Outcome:
+    """Move one program's guest, and say what became of it; as expected if it works."""
+    program, _ = parse(text)
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, features())
+        there = parse_profile(profile) if profile else None
+        moved = move(kvm, cpuids, host, program, source=source, target=target, profile=there, rule=rule)
+    lines = [written(program, moved.answers, between="\n"), *_moved_lines(moved)]
+    return Outcome("\n".join(lines) + "\n", moved.outcome == "works")
+
+
+def _moved_lines(moved: Moved) -> list[str]:
+    return [
+        f"# on the source the guest reads {_hex(moved.before)}; sent: {_hex(moved.saved, 'nothing')}",
+        f"# on the destination it reads {_hex(moved.after)}: {moved.outcome}"
+        if moved.outcome != "refused"
+        else "# the destination refuses it",
+    ]
+
+
+def _hex(value: int | None, none: str = "#GP") -> str:
+    return none if value is None else f"{value:#x}"
+
+
+def migrate_study(rule: str) -> Outcome:
+    """Move the guest of July 2020, which has set a bit that the rule of then does not know, under every policy.
+
+    To a destination with the same policy, and to one with the rule of 2020. Always as expected: it is a demonstration.
+    """
+    lines = [f"the guest: {STUDY}", f"restored by the rule of {rule}", ""]
+    lines.append(f"{'policy of the source':<26}{'its writes':<12}{'to the same':<14}to {STUDY_TO.name}")
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, features())
+        for policy in (None, *POLICIES):
+            same = move(kvm, cpuids, host, STUDY, source=policy, target=policy, rule=rule)
+            old = move(kvm, cpuids, host, STUDY, source=policy, target=STUDY_TO, rule=rule)
+            name = policy.name if policy else "KVM alone"
+            wrote = " ".join(format_answer(answer) for answer in same.answers)
+            lines.append(f"{name:<26}{wrote:<12}{same.outcome:<14}{old.outcome}")
+    return Outcome("\n".join(lines) + "\n", True)
 
 
 def _said(answer: Answer | None) -> str:

@@ -13,9 +13,9 @@ from hypothesis.errors import Flaky
 
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm
-from kernel_harness.kvm.runner import Cpuids, Laboratory
+from kernel_harness.kvm.runner import Cpuids, Laboratory, Make, plain
 from probe.errors import GuestLost
-from probe.models.machine import SPEC_CTRL, Host, Machine, answers, first_difference
+from probe.models.machine import SPEC_CTRL, Host, Machine, Stepping, answers, first_difference
 from probe.models.profile import ALL_FEATURES, NAMED, NONE, Profile
 from probe.models.program import IN_GUEST, Answer, Kind, Operation, Program
 
@@ -35,7 +35,7 @@ _PROFILES = st.one_of(
 class Divergence:
     """The shortest program found on which the kernel does not answer as a model, and where."""
 
-    machine: Machine
+    machine: Machine | Stepping
     program: Program
     kernel: tuple[Answer, ...]
     model: tuple[Answer | None, ...]
@@ -92,8 +92,8 @@ def _in_a_possible_order(operations: Sequence[Operation]) -> tuple[Operation, ..
 class _Bench:
     """VMs that are used for many programs each."""
 
-    def __init__(self, kvm: Kvm, cpuids: Cpuids) -> None:
-        self._kvm, self._cpuids = kvm, cpuids
+    def __init__(self, kvm: Kvm, cpuids: Cpuids, make: Make) -> None:
+        self._kvm, self._cpuids, self._make = kvm, cpuids, make
         self._laboratory: Laboratory | None = None
         self._used = 0
         self._room = min(_VCPUS, kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS) or 1)  # 288 in Linux v5.10
@@ -105,11 +105,11 @@ class _Bench:
 
     def run(self, program: Program) -> list[Answer]:
         if any(operation.kind is Kind.INIT for operation in program.operations):
-            with Laboratory(self._kvm, self._cpuids, irqchip=True) as alone:
+            with self._make(self._kvm, self._cpuids, True) as alone:
                 return alone.run(program)
         if self._laboratory is None or self._used >= self._room:
             self.close()
-            self._laboratory = Laboratory(self._kvm, self._cpuids)
+            self._laboratory = self._make(self._kvm, self._cpuids, False)
             self._used = 0
         self._used += 1
         return self._laboratory.run(program)
@@ -118,13 +118,14 @@ class _Bench:
 def explore(
     kvm: Kvm,
     cpuids: Cpuids,
-    machines: Sequence[Machine],
+    machines: Sequence[Machine | Stepping],
     host: Host,
     *,
     most: int,
     seconds: float,
     seed_number: int,
     steps: int = 12,
+    make: Make = plain,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exploration:
     """Run random programs on kernel and models side by side, until one differs, most were run, or the time is up.
@@ -141,7 +142,7 @@ def explore(
         _PROFILES,
         st.lists(_operations(kinds), min_size=1, max_size=steps).map(_in_a_possible_order),
     )
-    bench = _Bench(kvm, cpuids)
+    bench = _Bench(kvm, cpuids, make)
     began = time.monotonic()
     count = 0
     found: Divergence | None = None

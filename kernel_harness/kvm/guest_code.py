@@ -25,6 +25,10 @@ ROW = struct.Struct("<BBHIII")  # kind, faulted, padding, index, eax, edx
 MOST_ROWS = (LOW_SIZE - TABLE_AT) // ROW.size - 1
 
 END, WRITE, READ = 0, 1, 2
+# Timed: the result's value is the TSC cycles that it took; NOTHING is what the timing itself takes. CPUID exits to KVM,
+# an OUT to TIMED_PORT to us.
+TIMED_WRITE, TIMED_READ, TIMED_CPUID, TIMED_OUT, TIMED_NOTHING = 3, 4, 5, 6, 7
+TIMED_PORT = 0x81
 _DONE = 2
 
 ASSEMBLY = """
@@ -44,6 +48,7 @@ next:   movb    (%si), %al
         movb    $0, 1(%si)
         cmpb    $2, %al
         je      read
+        ja      timed
         movl    8(%si), %eax
         movl    12(%si), %edx
         wrmsr
@@ -56,6 +61,33 @@ ahead:  addw    $16, %si
 done:   movb    $2, 1(%si)
         outb    %al, $0x80
         jmp     start
+timed:  lfence                      # edi: the time before; what is asked between; the cycles into the row
+        movb    %al, %bl
+        rdtsc
+        movl    %eax, %edi
+        movl    8(%si), %eax
+        movl    12(%si), %edx
+        cmpb    $4, %bl
+        jb      twrmsr
+        je      trdmsr
+        cmpb    $6, %bl
+        jb      tcpuid
+        je      tout
+        jmp     after
+twrmsr: wrmsr
+        jmp     after
+trdmsr: rdmsr
+        jmp     after
+tcpuid: xorl    %eax, %eax
+        cpuid
+        jmp     after
+tout:   outb    %al, $0x81
+after:  lfence
+        rdtsc
+        subl    %edi, %eax
+        movl    %eax, 8(%si)
+        movl    $0, 12(%si)
+        jmp     ahead
 fault:  movb    $1, 1(%si)          # in real mode #GP pushes no error code: ip, cs, flags
         movw    %sp, %bp
         movw    $ahead + 0x1000, (%bp)
@@ -63,15 +95,17 @@ fault:  movb    $1, 1(%si)          # in real mode #GP pushes no error code: ip,
 """
 
 CODE = bytes.fromhex(
-    "31c08ed88ed0bc0010c70634004a10a33600be00208a0484c07427668b4c04c64401003c02740c668b4408668b540c0f30eb"
-    "0a0f32668944086689540c83c610ebd3c6440102e680ebb6c644010189e5c746003d10cf"
+    "31c08ed88ed0bc0010c70634009510a33600be00208a0484c07429668b4c04c64401003c02740e7723668b4408668b54"
+    "0c0f30eb0a0f32668944086689540c83c610ebd1c6440102e680ebb40faee888c30f316689c7668b4408668b540c80fb"
+    "04720b740d80fb06720c7411eb110f30eb0d0f32eb096631c00fa2eb02e6810faee80f316629f86689440866c7440c00"
+    "000000ebaac644010189e5c746003f10cf"
 )
 JUMP = bytes.fromhex("ea00100000")  # ljmp $0x0, $0x1000, for the reset vector
 
 
 @dataclass(frozen=True)
 class Step:
-    """One RDMSR or WRMSR. kind is READ or WRITE; index the 32-bit MSR address; value the 64 bits to write."""
+    """One RDMSR or WRMSR. kind is READ, WRITE or a timed one; index the 32-bit MSR address; value 64 bits to write."""
 
     kind: int
     index: int
@@ -80,7 +114,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step did: whether it took #GP, and the 64-bit value that was read (0 for a write)."""
+    """What a step did: whether it took #GP, and the 64-bit value that was read, or the cycles (0 for a write)."""
 
     faulted: bool
     value: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The host under KVM as its kernel sees it: CPUID bits, KVM's modules and parameters."""
+"""The host under KVM: its CPUID bits, KVM's modules and parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def ignore_msrs() -> str:
 
 
 def features(cpuid: MachineCpuid | None = None) -> int:
-    """Return what the kernel has of FEATURES, as a mask: what the first CPU reports.
+    """Return the host's FEATURES, as a mask: what the first CPU reports, which is more than a kernel sees that was told
+    clearcpuid=, or has blacklisted the microcode.
 
     And V_SPEC_CTRL where our module spec_ctrl_model has made the kernel believe in it (boot --cpu V_SPEC_CTRL).
     """

@@ -18,7 +18,7 @@ import signal
 import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from kernel_harness.kvm import uapi
 from probe.errors import GuestLost, KvmError, RequirementMissing
@@ -49,6 +49,29 @@ def _ioctl(fd: int, number: int, name: str, argument: int | ctypes.Array[ctypes.
             raise KvmError(name, error) from error
 
 
+_limit = 0.0  # the time, by time.monotonic(), at which a tick raises TimeoutError; 0: never
+
+
+def _tick(number: int, frame: FrameType | None) -> None:
+    if _limit and time.monotonic() > _limit:
+        raise TimeoutError
+
+
+class hurry:
+    """Raise TimeoutError in Python code that runs for longer than that many seconds; needs ticking() around it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        global _limit
+        _limit = time.monotonic() + self._seconds
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        global _limit
+        _limit = 0.0
+
+
 @contextlib.contextmanager
 def ticking() -> Iterator[None]:
     """Interrupt KVM_RUN a few times a second while the block runs, so that a guest that never exits is noticed.
@@ -56,7 +79,7 @@ def ticking() -> Iterator[None]:
     The timer repeats: a signal that comes just before KVM_RUN enters the kernel is lost, the next one is not. Only for
     a process's main thread.
     """
-    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    before = signal.signal(signal.SIGALRM, _tick)
     signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
         yield
@@ -272,6 +295,10 @@ class Vcpu:
         buffer = self._one
         _MSR_STRUCT.pack_into(buffer, 0, 1, 0, index, 0, value)
         return _ioctl(self.fd, uapi.KVM_SET_MSRS, "KVM_SET_MSRS", buffer) == 1
+
+    def get_tsc_khz(self) -> int:
+        """Return the frequency of the guest's TSC in kHz."""
+        return _ioctl(self.fd, uapi.KVM_GET_TSC_KHZ, "KVM_GET_TSC_KHZ")
 
     def get_regs(self) -> uapi.kvm_regs:
         """Return the general registers."""

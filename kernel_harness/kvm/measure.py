@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kernel_harness.kvm.guest_code import READ, WRITE, Step
 from kernel_harness.kvm.machine import Kvm, ticking
-from kernel_harness.kvm.runner import Cpuids, Laboratory
+from kernel_harness.kvm.policed import Judge, maker
+from kernel_harness.kvm.runner import Cpuids, Laboratory, Make, plain
 from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Hardware, Host
 from probe.models.matrix import Measured
 from probe.models.profile import NONE, Profile, parse_profile
@@ -19,10 +20,10 @@ _EVERY_GATE = parse_profile("SPEC_CTRL,AMD_IBPB,AMD_IBRS,AMD_STIBP,AMD_SSBD")
 _READ_BACK = (Step(READ, SPEC_CTRL),)
 
 
-def measure_profile(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> Measured:
+def measure_profile(kvm: Kvm, cpuids: Cpuids, profile: Profile, make: Make = plain) -> Measured:
     """Measure one profile: 128 fresh vCPUs for the first writes, and a few more for the rest."""
     masks: dict[str, int] = {}
-    with Laboratory(kvm, cpuids) as laboratory:
+    with make(kvm, cpuids, False) as laboratory:
         masks.update(first_writes(laboratory, profile))
         _zero_and_reads(laboratory, profile, masks)
         opener = masks["host_first"] & -masks["host_first"]
@@ -46,9 +47,9 @@ def _first_by_host(laboratory: Laboratory, profile: Profile, masks: dict[str, in
     for bit in range(64):
         value = 1 << bit
         vcpu = laboratory.vcpu(profile)
-        if vcpu.set_msr(SPEC_CTRL, value):
+        if laboratory.host_set(vcpu, SPEC_CTRL, value):
             taken |= value
-            if vcpu.get_msr(SPEC_CTRL) == value:
+            if laboratory.host_get(vcpu, SPEC_CTRL) == value:
                 kept |= value
             (result,) = laboratory.guest(vcpu, _READ_BACK)
             if not result.faulted and result.value == value:
@@ -66,17 +67,17 @@ def _first_by_guest(laboratory: Laboratory, profile: Profile, masks: dict[str, i
             taken |= value
             if not read.faulted and read.value == value:
                 seen |= value
-            if vcpu.get_msr(SPEC_CTRL) == value:
+            if laboratory.host_get(vcpu, SPEC_CTRL) == value:
                 kept |= value
     masks.update(guest_first=taken, guest_first_kept=kept, guest_first_seen=seen)
 
 
 def _zero_and_reads(laboratory: Laboratory, profile: Profile, masks: dict[str, int]) -> None:
-    masks["host_zero"] = int(laboratory.vcpu(profile).set_msr(SPEC_CTRL, 0))
+    masks["host_zero"] = int(laboratory.host_set(laboratory.vcpu(profile), SPEC_CTRL, 0))
     (wrote,) = laboratory.guest(laboratory.vcpu(profile), (Step(WRITE, SPEC_CTRL, 0),))
     masks["guest_zero"] = int(not wrote.faulted)
     vcpu = laboratory.vcpu(profile)
-    masks["host_read"] = int(vcpu.get_msr(SPEC_CTRL) == 0)
+    masks["host_read"] = int(laboratory.host_get(vcpu, SPEC_CTRL) == 0)
     (read,) = laboratory.guest(vcpu, _READ_BACK)
     masks["guest_read"] = int(not read.faulted and read.value == 0)
 
@@ -84,7 +85,7 @@ def _zero_and_reads(laboratory: Laboratory, profile: Profile, masks: dict[str, i
 def _each_bit(laboratory: Laboratory, profile: Profile, opener: int, index: int) -> tuple[int, int]:
     """Write every bit in the guest, all in one entry; return the masks that were accepted and that read back."""
     vcpu = laboratory.vcpu(profile)
-    if opener and not vcpu.set_msr(SPEC_CTRL, opener):
+    if opener and not laboratory.host_set(vcpu, SPEC_CTRL, opener):
         return 0, 0
     steps = [step for bit in range(64) for step in (Step(WRITE, index, 1 << bit), Step(READ, index))]
     results = laboratory.guest(vcpu, steps)
@@ -99,9 +100,9 @@ def _each_bit(laboratory: Laboratory, profile: Profile, opener: int, index: int)
 def _after(laboratory: Laboratory, profile: Profile, masks: dict[str, int], opener: int) -> None:
     masks["guest_after"], masks["guest_after_seen"] = _each_bit(laboratory, profile, opener, SPEC_CTRL)
     vcpu = laboratory.vcpu(profile)
-    vcpu.set_msr(SPEC_CTRL, opener)
+    laboratory.host_set(vcpu, SPEC_CTRL, opener)
     laboratory.guest(vcpu, _READ_BACK)
-    masks["host_after"] = sum(1 << bit for bit in range(64) if vcpu.set_msr(SPEC_CTRL, 1 << bit))
+    masks["host_after"] = sum(1 << bit for bit in range(64) if laboratory.host_set(vcpu, SPEC_CTRL, 1 << bit))
 
 
 def _kin(laboratory: Laboratory, profile: Profile, masks: dict[str, int], name: str, index: int) -> None:
@@ -120,7 +121,7 @@ def _kin(laboratory: Laboratory, profile: Profile, masks: dict[str, int], name: 
         if not bits:
             break
     vcpu = laboratory.vcpu(profile)
-    by_host = sum(1 << bit for bit in range(64) if vcpu.set_msr(index, 1 << bit))
+    by_host = sum(1 << bit for bit in range(64) if laboratory.host_set(vcpu, index, 1 << bit))
     masks[f"{name}_guest"], masks[f"{name}_host"] = by_guest, by_host
 
 
@@ -137,14 +138,17 @@ def measure_host(kvm: Kvm, cpuids: Cpuids, features: int, *, ignore_msrs: bool =
     let_through = next((each for each in map(_meets(kvm, cpuids), guests) if each.masks.get("guest_after")), row)
     with Laboratory(kvm, cpuids) as laboratory:
         vcpu = laboratory.vcpu(let_through.profile)
-        switched = True
+        switched = loaded = True
         start = 0
         opener = row.opener
         if opener:
-            vcpu.set_msr(SPEC_CTRL, opener)
+            laboratory.host_set(vcpu, SPEC_CTRL, opener)
             (read,) = laboratory.guest(vcpu, _READ_BACK)
-            switched = not read.faulted and vcpu.get_msr(SPEC_CTRL) == read.value
-            start = 0 if switched or read.faulted else read.value
+            switched = not read.faulted and laboratory.host_get(vcpu, SPEC_CTRL) == read.value
+            kept = let_through.masks.get("guest_after_seen", 0) & opener
+            # Of a register that keeps nothing nobody can tell whether it was loaded.
+            loaded = not kept or (not read.faulted and read.value == opener)
+            start = 0 if (switched and loaded) or read.faulted else read.value
     hardware = Hardware(
         exists=bool(row.masks["host_zero"]),
         tested=row.masks["host_first"],
@@ -153,7 +157,7 @@ def measure_host(kvm: Kvm, cpuids: Cpuids, features: int, *, ignore_msrs: bool =
         start=start,
         pred_cmd=max(_pred_cmd(kvm, cpuids, profile) for profile in (caps, _EVERY_GATE)),
     )
-    return Host(hardware, features=features, caps=caps.mask, switched=switched, ignore_msrs=ignore_msrs)
+    return Host(hardware, features=features, caps=caps.mask, switched=switched, loaded=loaded, ignore_msrs=ignore_msrs)
 
 
 def _meets(kvm: Kvm, cpuids: Cpuids) -> Callable[[Profile], Measured]:
@@ -170,41 +174,55 @@ def _pred_cmd(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> int:
 
 # --- on every core ---------------------------------------------------------------------------------------------------
 
-_worker: tuple[Kvm, Cpuids] | None = None
+_worker: tuple[Kvm, Cpuids, Make, Judge | None] | None = None
 
 
-def _begin() -> None:
+def _begin(judge: Judge | None, host: Host | None) -> None:
     global _worker
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     kvm = Kvm()
-    _worker = kvm, Cpuids(kvm)
+    _worker = kvm, Cpuids(kvm), maker(judge, host), judge
 
 
-def _one(profile: Profile) -> Measured:
+def _one(profile: Profile) -> tuple[Measured, dict[str, int]]:
     assert _worker is not None
+    kvm, cpuids, make, judge = _worker
     with ticking():
-        return measure_profile(*_worker, profile)
+        row = measure_profile(kvm, cpuids, profile, make)
+    return row, judge.take_complaints() if judge is not None else {}
 
 
 def measure(
-    profiles: Sequence[Profile], progress: Callable[[int, int], None], jobs: int | None = None
+    profiles: Sequence[Profile],
+    progress: Callable[[int, int], None],
+    jobs: int | None = None,
+    *,
+    judge: Judge | None = None,
+    host: Host | None = None,
 ) -> list[Measured]:
-    """Measure many profiles on every core that this process may use; the rows come back in the profiles' order."""
+    """Measure many profiles on every core that this process may use; the rows come back in the profiles' order.
+
+    With a judge, guests obey its policy, and what workers had to complain of it is added to its complaints.
+    """
     count = jobs or len(os.sched_getaffinity(0))
     rows: list[Measured] = []
-    for row in _rows(profiles, count):
+    for row, complaints in _rows(profiles, count, judge, host):
         rows.append(row)
+        if judge is not None:
+            judge.add_complaints(complaints)
         progress(len(rows), len(profiles))
     return rows
 
 
-def _rows(profiles: Sequence[Profile], jobs: int) -> Iterator[Measured]:
+def _rows(
+    profiles: Sequence[Profile], jobs: int, judge: Judge | None, host: Host | None
+) -> Iterator[tuple[Measured, dict[str, int]]]:
     if jobs == 1:
         with Kvm() as kvm, ticking():
-            cpuids = Cpuids(kvm)
+            cpuids, make = Cpuids(kvm), maker(judge, host)
             for profile in profiles:
-                yield measure_profile(kvm, cpuids, profile)
+                yield measure_profile(kvm, cpuids, profile, make), {}
         return
-    with multiprocessing.get_context("fork").Pool(jobs, _begin) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs, _begin, (judge, host)) as pool:
         yield from pool.imap(_one, profiles, chunksize=1)

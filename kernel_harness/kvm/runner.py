@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from kernel_harness.kvm import guest_code, uapi
 from kernel_harness.kvm.guest_code import Step
 from kernel_harness.kvm.machine import RUN_SECONDS, CpuidTable, Kvm, Vcpu, Vm, exit_name
 from probe.errors import GuestLost, RequirementMissing, UsageError
+from probe.models.machine import SPEC_CTRL
 from probe.models.profile import FEATURES, Profile
 from probe.models.program import IN_GUEST, READING, Answer, Kind, Operation, Program, Word
 
@@ -118,13 +119,31 @@ class Laboratory:
     def guest(self, vcpu: Vcpu, steps: Sequence[Step], seconds: float = RUN_SECONDS) -> list[guest_code.Result]:
         """Run steps in the guest, all in one entry; raise GuestLost if it does anything else than finish them."""
         guest_code.write_table(self.memory, steps)
-        vcpu.run(seconds)
+        self.enter(vcpu, seconds)
         done = guest_code.read_table(self.memory, len(steps))
         if done is None:
             raise GuestLost(
                 f"the guest did not finish its {len(steps)} steps: {exit_name(vcpu.exit_reason)}", "run it again"
             )
         return done
+
+    def enter(self, vcpu: Vcpu, seconds: float) -> None:
+        """Enter the guest until it exits; an OUT that is being timed goes on at once."""
+        vcpu.run(seconds)
+        while vcpu.exit_reason == uapi.KVM_EXIT_IO and vcpu.run_page.io.port == guest_code.TIMED_PORT:
+            vcpu.run(seconds)
+
+    def set_cpuid(self, vcpu: Vcpu, profile: Profile) -> None:
+        """Give the vCPU another CPUID, before its first entry."""
+        vcpu.set_cpuid2(self._cpuids.table(profile))
+
+    def host_set(self, vcpu: Vcpu, index: int, value: int) -> bool:
+        """Write an MSR, host-initiated; tell whether KVM takes it."""
+        return vcpu.set_msr(index, value)
+
+    def host_get(self, vcpu: Vcpu, index: int) -> int | None:
+        """Read an MSR, host-initiated; None if KVM refuses."""
+        return vcpu.get_msr(index)
 
     def init(self, vcpu: Vcpu) -> None:
         """Send the vCPU an INIT and let it take it: it waits for the next entry."""
@@ -141,15 +160,20 @@ class Laboratory:
         """Run one program on a fresh vCPU; guest operations in a row share one entry."""
         vcpu = self.vcpu(program.profile)
         try:
-            return self._run(vcpu, program)
+            return self.run_on(vcpu, program.operations)
         finally:
             if self._denied:
                 self.deny(0, 0)
 
-    def _run(self, vcpu: Vcpu, program: Program) -> list[Answer]:
+    def saved_value(self, vcpu: Vcpu) -> int | None:
+        """Return what a VMM saves of MSR 0x48 for a migration."""
+        return self.host_get(vcpu, SPEC_CTRL)
+
+    def run_on(self, vcpu: Vcpu, operations: Sequence[Operation]) -> list[Answer]:
+        """Run operations on a vCPU; guest operations in a row share one entry."""
         answers: list[Answer] = []
         waiting: list[Operation] = []
-        for operation in program.operations:
+        for operation in operations:
             if operation.kind in IN_GUEST:
                 waiting.append(operation)
                 continue
@@ -173,12 +197,12 @@ class Laboratory:
     def _one(self, vcpu: Vcpu, operation: Operation) -> Answer:
         kind = operation.kind
         if kind is Kind.HOST_SET:
-            return Word.OK if vcpu.set_msr(operation.index, operation.value) else Word.REFUSED
+            return Word.OK if self.host_set(vcpu, operation.index, operation.value) else Word.REFUSED
         if kind is Kind.HOST_GET:
-            value = vcpu.get_msr(operation.index)
+            value = self.host_get(vcpu, operation.index)
             return Word.REFUSED if value is None else value
         if kind is Kind.CPUID:
-            vcpu.set_cpuid2(self._cpuids.table(Profile(operation.value)))
+            self.set_cpuid(vcpu, Profile(operation.value))
         elif kind is Kind.INIT:
             self.init(vcpu)
         elif kind is Kind.DENY:
@@ -193,8 +217,8 @@ def needs_irqchip(program: Program) -> bool:
     return any(operation.kind is Kind.INIT for operation in program.operations)
 
 
-def run_program(kvm: Kvm, cpuids: Cpuids, program: Program) -> list[Answer]:
-    """Run one program in a VM of its own; it needs ticking() around it."""
+def check_program(kvm: Kvm, program: Program) -> None:
+    """Raise RequirementMissing for a filter that this KVM lacks, UsageError for a CPUID that comes too late."""
     if any(one.kind in (Kind.DENY, Kind.ALLOW) for one in program.operations) and not kvm.check_extension(
         uapi.KVM_CAP_X86_MSR_FILTER
     ):
@@ -204,5 +228,18 @@ def run_program(kvm: Kvm, cpuids: Cpuids, program: Program) -> list[Answer]:
         seen_guest = seen_guest or operation.kind in IN_GUEST
         if operation.kind is Kind.CPUID and seen_guest:
             raise UsageError("a vCPU's CPUID is set before its first entry; KVM refuses it later")
-    with Laboratory(kvm, cpuids, irqchip=needs_irqchip(program)) as laboratory:
+
+
+Make = Callable[[Kvm, Cpuids, bool], Laboratory]  # (KVM, CPUIDs, with the interrupt controller in the kernel)
+
+
+def plain(kvm: Kvm, cpuids: Cpuids, irqchip: bool) -> Laboratory:
+    """Make a VM whose guests meet KVM alone."""
+    return Laboratory(kvm, cpuids, irqchip=irqchip)
+
+
+def run_program(kvm: Kvm, cpuids: Cpuids, program: Program, make: Make = plain) -> list[Answer]:
+    """Run one program in a VM of its own; it needs ticking() around it. Raise as check_program() does."""
+    check_program(kvm, program)
+    with make(kvm, cpuids, needs_irqchip(program)) as laboratory:
         return laboratory.run(program)

@@ -3,33 +3,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
 import probe
 from kernel_harness.kvm import host as host_files
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure, measure_host
-from kernel_harness.kvm.runner import Cpuids, run_program
+from kernel_harness.kvm.policed import Judge, maker
+from kernel_harness.kvm.runner import Cpuids, Make, run_program
 from probe import kvm_record
 from probe.assembly import kernel_entry, machine_entry
 from probe.cpuid.machine import read_machine
-from probe.errors import NotRestored, RequirementMissing
+from probe.errors import NotRestored, ProbeError
 from probe.host import Host as HostFiles
 from probe.journal import now
 from probe.masks import hex64, parse_hex64
 from probe.models.difference import MOST_STEPS, difference
 from probe.models.kvm_machines import MACHINES as KVM_MACHINES
-from probe.models.machine import SPEC_CTRL, Host
+from probe.models.machine import SPEC_CTRL, Host, Machine
 from probe.models.machines import MACHINES, get
 from probe.models.matrix import distinguishable, fit
+from probe.models.policy import Policy, PolicyMachine
 from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features
-from probe.models.program import format_answer, written
+from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import Release, release_of
 from probe.record import Masks, Tool
 from probe.run import Ears, Options, run
@@ -62,11 +65,13 @@ def study(
     programs: int = 0,
     seed: int = 1,
     driver: Path | None = None,
+    policy: Policy | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> kvm_record.KvmRecord:
     """Measure and compare; profiles None means default_profiles(). programs random ones are tried on each model that
     explains the matrix. driver, the folder for its journal, also asks the msr driver of one CPU, when no VM is left.
+    Guests obey the policy, if there is one; its model stands on the one that explains the kernel alone.
 
     Raise RequirementMissing if there is no KVM, GuestLost if a guest does something else than its steps.
     """
@@ -79,23 +84,34 @@ def study(
         host = measure_host(kvm, cpuids, host_files.features(cpuid), ignore_msrs=host_files.ignore_msrs() == "Y")
         wanted = list(profiles) if profiles is not None else default_profiles(cpuids.mask())
         entry = _kvm_entry(kvm)
-    rows = measure(wanted, progress, jobs)
-    fits = kvm_record.in_order(fit(machine, host, rows) for machine in MACHINES)
+    version = release_of(facts.kernel, facts.kernel_version)
+    models: dict[str, Machine | PolicyMachine] = {machine.name: machine for machine in MACHINES}
+    judge = None
+    if policy is not None:
+        judge = Judge(policy)
+        # The model lives with a policy that raises, loops or answers nonsense as the VMM does.
+        own = PolicyMachine(
+            dataclasses.replace(policy, decide=Judge(policy)), kernel_model(host, entry.backend, version, jobs)
+        )
+        models = {own.name: own, **models}
+    make = maker(judge, host)
+    rows = measure(wanted, progress, jobs, judge=judge, host=host)
+    with ticking():
+        fits = kvm_record.in_order(fit(machine, host, rows) for machine in models.values())
     explained = kvm_record.explaining(fits)
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
-        entries = [kvm_record.fit_entry(one, host, lambda program: run_program(kvm, cpuids, program)) for one in fits]
-        explored = _explored(kvm, cpuids, explained, host, programs, seed)
+
+        def ask(program: Program) -> list[Answer]:
+            return run_program(kvm, cpuids, program, make)
+
+        entries = [kvm_record.fit_entry(models[one.model], one, host, ask) for one in fits]
+        tried = [models[name] for name in explained if policy is None or name == own.name]
+        explored = _explored(kvm, cpuids, tried, host, programs, seed, make)
     explained = [name for name in explained if not _contradicted(name, explored)]
-    version = release_of(facts.kernel, facts.kernel_version)
-    follows = follow(explained, entry.backend, version)
-    notes = _notes(entry, host, explained, follows, version)
-    asked: kvm_record.DriverEntry | UnsetType = UNSET
-    if driver is not None:
-        try:
-            asked = ask_driver(min(facts.online), driver, say)
-        except RequirementMissing as error:
-            notes.append(f"the msr driver was not asked: {error}")
+    follows = follow(explained, entry.backend, version) if policy is None else ""
+    notes = _notes(entry, host, explained, follows, version) if policy is None else _policy_notes(judge)
+    asked = UNSET if driver is None else _ask_driver(min(facts.online), driver, say)
     return kvm_record.KvmRecord(
         kind="kvm",
         schema_version=f"{kvm_record.SCHEMA_MAJOR}.{kvm_record.SCHEMA_MINOR}",
@@ -111,22 +127,52 @@ def study(
         explained_by=explained,
         follows=follows,
         driver=asked,
+        policy=UNSET if policy is None or judge is None else _policy_entry(policy, own.kernel.name, judge),
         explored=explored,
         notes=notes,
         identity=identity,
     )
 
 
+def kernel_model(host: Host, backend: str, version: Release | None, jobs: int | None = None) -> Machine:
+    """Return the model that explains this kernel alone, by the named profiles; raise ProbeError if none does."""
+    rows = measure([named.profile for named in NAMED], lambda done, total: None, jobs)
+    explained = kvm_record.explaining(fit(machine, host, rows) for machine in MACHINES)
+    if not explained:
+        raise ProbeError(
+            "no model explains what this kernel does without a policy: a policy's model would stand on nothing",
+            "spec-ctrl-probe kvm tells the nearest",
+        )
+    return get(follow(explained, backend, version) or explained[-1])
+
+
+def _policy_notes(judge: Judge | None) -> list[str]:
+    """Say what the policy did that is no decision."""
+    assert judge is not None
+    return [f"the policy {what}: {count} times; such a write took #GP" for what, count in judge.complaints.items()]
+
+
+def _policy_entry(policy: Policy, over: str, judge: Judge) -> kvm_record.PolicyEntry:
+    return kvm_record.PolicyEntry(
+        name=policy.name, title=policy.title, source=policy.source, over=over, complaints=dict(judge.complaints)
+    )
+
+
 def _explored(
-    kvm: Kvm, cpuids: Cpuids, names: Sequence[str], host: Host, programs: int, seed: int
+    kvm: Kvm,
+    cpuids: Cpuids,
+    left: Sequence[Machine | PolicyMachine],
+    host: Host,
+    programs: int,
+    seed: int,
+    make: Make,
 ) -> list[kvm_record.ExploredEntry]:
     """Run random programs against all models that explain the matrix at once; one that differs leaves the field."""
     from kernel_harness.kvm.explore import explore
 
     entries: list[kvm_record.ExploredEntry] = []
-    left = [get(name) for name in names]
     while left and programs:
-        done = explore(kvm, cpuids, left, host, most=programs, seconds=3600, seed_number=seed)
+        done = explore(kvm, cpuids, left, host, most=programs, seconds=3600, seed_number=seed, make=make)
         found = done.divergence
         for machine in left if found is None else [found.machine]:
             entry = kvm_record.ExploredEntry(
@@ -140,7 +186,7 @@ def _explored(
             entries.append(entry)
         if found is None:
             break
-        left.remove(found.machine)
+        left = [machine for machine in left if machine is not found.machine]
     return entries
 
 
@@ -161,22 +207,32 @@ def _kvm_entry(kvm: Kvm) -> kvm_record.KvmEntry:
 _FAMILIES = {"kvm_intel": "kvm-vmx", "kvm_amd": "kvm-svm"}
 
 
-def follow(explained: Sequence[str], backend: str, version: Release | None) -> str:
-    """Return the model, of those that explain a kernel, that stands for its version; "" if none does.
-
-    One that explains alone is followed whatever the version. backend is the vendor module.
-    """
-    if len(explained) == 1:
-        return explained[0]
+def standing_model(backend: str, version: Release | None) -> str:
+    """Return the model that stands for a kernel's version and vendor module; "" if none does, or neither is known."""
     if version is None:
         return ""
-    found = [
-        (machine.versions.sublevel(version), machine.name)
-        for machine in KVM_MACHINES
-        if machine.name in explained and machine.family == _FAMILIES.get(backend, "")
-    ]
+    family = _FAMILIES.get(backend, "")
+    found = [(one.versions.sublevel(version), one.name) for one in KVM_MACHINES if one.family == family]
     standing = [(low, name) for low, name in found if low is not None]
     return max(standing)[1] if standing else ""
+
+
+def follow(explained: Sequence[str], backend: str, version: Release | None) -> str:
+    """Return the model that stands for a kernel's version, if it explains it; "" else."""
+    name = standing_model(backend, version)
+    return name if name in explained else ""
+
+
+def _ask_driver(cpu: int, state_dir: Path, say: Callable[[str], None]) -> kvm_record.DriverEntry:
+    """Ask the msr driver; what goes wrong is told in the entry, so that nothing measured before is lost."""
+    try:
+        return ask_driver(cpu, state_dir, say)
+    except ProbeError as error:
+        none = hex64(0)
+        text = f"{error.message}; for its cure see: spec-ctrl-probe run --write"
+        return kvm_record.DriverEntry(
+            cpu=cpu, accepts=none, faults=none, unanswered=none, error=text, exit_code=int(error.exit_code)
+        )
 
 
 def ask_driver(cpu: int, state_dir: Path, say: Callable[[str], None]) -> kvm_record.DriverEntry:
@@ -223,6 +279,14 @@ def _notes(
         notes.append("this KVM brings no MSR access to userspace (KVM_CAP_X86_USER_SPACE_MSR, Linux v5.10)")
     if not host.hardware.exists:
         notes.append("no host write is accepted, of 0 neither: RDMSR of 0x48 takes #GP on this host, by KVM's own test")
+    standing = standing_model(entry.backend, version)
+    number = ".".join(str(part) for part in version or ())
+    if standing and standing not in explained:
+        notes.append(
+            f"this kernel's version, {number}, is one of {standing}, which is refuted: see its first divergence"
+        )
+    elif not standing and entry.backend in _FAMILIES:
+        notes.append("no model stands for this kernel's version: a vendor's, or a branch with backports of its own")
     if len(explained) > 1:
         notes += _alike(explained, follows, host, version)
     if not explained:

@@ -247,6 +247,7 @@ KVM_SET_MSRS = _iow(0x89, kvm_msrs)
 KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
 KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_ENABLE_CAP = _iow(0xA3, kvm_enable_cap)
+KVM_GET_TSC_KHZ = _io(0xA3)
 KVM_SIGNAL_MSI = _iow(0xA5, kvm_msi)
 KVM_X86_SET_MSR_FILTER = _iow(0xC6, kvm_msr_filter)
 

@@ -8,10 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from probe.masks import ALL_BITS
-from probe.models.machine import DENY_READ, DENY_WRITE, SPEC_CTRL, Hardware, Host, Machine, State, answers, step
+from probe.models.machine import (
+    DENY_READ,
+    DENY_WRITE,
+    SPEC_CTRL,
+    Hardware,
+    Host,
+    Machine,
+    State,
+    Stepping,
+    answers,
+    first_difference,
+    step,
+)
 from probe.models.matrix import distinguishable, guest_rd, guest_wr, host_get, host_set
-from probe.models.profile import ALL_FEATURES, FEATURES, NONE, Profile, mask_of_features
-from probe.models.program import Answer, Kind, Operation, Program
+from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, NONE, Profile, mask_of_features
+from probe.models.program import ACCESSES, IN_GUEST, Answer, Kind, Operation, Program
 
 MOST_STEPS = 4
 _V_SPEC_CTRL = mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
@@ -94,6 +106,30 @@ def _search(
                     continue
                 reached.setdefault((next_one, next_other), (*path, operation))
         paths = {pair: path for pair, path in reached.items() if pair not in paths}
+    return None
+
+
+def policy_difference(
+    one: Stepping, other: Stepping, hosts: Sequence[tuple[str, Host]] = HOSTS, *, most: int = 2
+) -> Difference | None:
+    """Search the same for models that do each step themselves: named profiles and single CPUID bits, guest writes,
+    reads and host writes; the shortest programs first, of these the smallest profiles."""
+    profiles = sorted(
+        {*(Profile(1 << bit) for bit in range(len(FEATURES))), *(named.profile for named in NAMED)},
+        key=lambda profile: (bin(profile.mask).count("1"), profile.mask),
+    )
+    operations = [operation for operation in _operations() if operation.kind in ACCESSES]
+    for length in range(1, most + 1):
+        for (name, host), profile in itertools.product(hosts, profiles):
+            for program in itertools.product(operations, repeat=length):
+                if length > 1 and not any(each.value for each in program[:-1]):
+                    continue
+                if program[-1].kind not in IN_GUEST:
+                    continue
+                whole = Program(profile, program)
+                mine, theirs = answers(one, whole, host), answers(other, whole, host)
+                if first_difference(mine, theirs) == length - 1:
+                    return Difference(name, whole, tuple(mine), tuple(theirs))
     return None
 
 

@@ -31,6 +31,10 @@ _AMD_IBPB = mask_of_features((f.AMD_IBPB,))
 _VIRT_SSBD = mask_of_features((f.VIRT_SSBD,))
 _ANY_56 = _SPEC_CTRL | _AMD_STIBP | _AMD_IBRS | _AMD_SSBD
 
+# v4.17 to v5.18: VM entry loads IBRS, and STIBP and SSBD where the host has them; the others stay as the host's own
+# are, which is taken as 0 here (bugs.c, x86_spec_ctrl_mask and x86_virt_spec_ctrl()).
+_MASKED = -1
+
 Gate = Callable[[int, int], bool]  # (guest's features, host's caps)
 ValueTest = Callable[[Profile, Host], "int | None"]  # the mask of bits that pass; None: even 0 is refused
 
@@ -209,10 +213,17 @@ class KvmMachine:
 
     def _entered(self, state: State) -> State:
         """VM entry: load the stored value."""
-        if not state.host.switched:
+        if not state.host.loaded:
             return state
-        loads = ALL_BITS if self._is_virtual(state.host) else self.loads
-        return replace(state, register=state.value & loads & state.host.hardware.keep)
+        return replace(state, register=state.value & self._loads(state.host) & state.host.hardware.keep)
+
+    def _loads(self, host: Host) -> int:
+        if self._is_virtual(host):
+            return ALL_BITS
+        if self.loads != _MASKED:
+            return self.loads
+        mask = IBRS | (STIBP if host.features & (_INTEL_STIBP | _AMD_STIBP) else 0)
+        return mask | (SSBD if host.features & (_INTEL_SSBD | _AMD_SSBD) else 0)
 
     def _exited(self, state: State) -> State:
         """VM exit: save what the guest may have written."""
@@ -267,7 +278,7 @@ class KvmMachine:
         if self.family == "kvm-vmx":  # an MSR that it does not know
             known = 0 if host.ignore_msrs else ALL_BITS
             return {"virt_spec_ctrl_host": (0, known), "virt_spec_ctrl_guest": (0, known)}
-        if self.name == "kvm-4.16-svm":  # came in its middle, in v4.17
+        if self.name == "kvm-4.16-svm":  # came with v4.17
             return {}
         granted = profile.mask & (host.caps if self.gate is _gate_614 else ALL_BITS)
         return {
@@ -304,10 +315,17 @@ _C61S = (
     'Linux commit 9f2febf3f04d ("KVM: SVM: move MSR_IA32_SPEC_CTRL save/restore to assembly") (in v6.1); '
     "arch/x86/kvm/svm/vmenter.S, RESTORE_GUEST_SPEC_CTRL_BODY, RESTORE_HOST_SPEC_CTRL_BODY (v6.1.192, v6.12.118)"
 )
-_C61V = "arch/x86/kvm/vmx/vmenter.S, __vmx_vcpu_run(), vmx_spec_ctrl_restore_host() (v6.1.192, v6.12.118)"
+_C519V = (
+    'Linux commit 07853adc29a0 ("KVM: VMX: Prevent RSB underflow before vmenter") (in v5.19); '
+    "arch/x86/kvm/vmx/vmenter.S, __vmx_vcpu_run(), vmx_spec_ctrl_restore_host() (v6.1.192, v6.12.118)"
+)
 _C64 = (
-    "IA32_PRED_CMD in arch/x86/kvm/x86.c, kvm_set_msr_common(), and svm_vcpu_after_set_cpuid(), and 64 bits of "
-    "vmcb_save_area.spec_ctrl: not in v6.1.192, in v6.12.118"
+    "IA32_PRED_CMD moved to arch/x86/kvm/x86.c, kvm_set_msr_common(), and let through by vcpu_after_set_cpuid() "
+    "(not in v6.1.192, in v6.12.118; v6.4 by memory of its pull request)"
+)
+_C66 = (
+    '"KVM: SVM: correct the size of spec_ctrl field in VMCB save area", 20230717041903.85480-1-manali.shukla@amd.com '
+    "(2023-07-17; not in v6.1.192, in v6.12.118)"
 )
 _STABLE = "arch/x86/kernel/cpu/bugs.c, x86_virt_spec_ctrl(); svm_vcpu_run() (v5.10.262)"
 _C618 = "Linux commit 32ed0bc2f0f8 (VMX) and 20251106011330.75571-1-seanjc@google.com (SVM): bits 63:32 (in v6.19)"
@@ -315,7 +333,6 @@ _MAXIM = (
     'Maxim Levitsky, "[PATCH] kvm: x86: rewrite kvm_spec_ctrl_valid_bits" (2020-07-02), '
     "20200702174455.282252-1-mlevitsk@redhat.com; never merged"
 )
-_MASKED = IBRS | STIBP | SSBD  # before v5.19 VM entry loads these at most (bugs.c, x86_virt_spec_ctrl())
 
 
 def _m(
@@ -347,7 +364,6 @@ MACHINES: tuple[KvmMachine, ...] = (
         _fixed(0x3),
         (_C416V,),
         Versions((4, 16), (4, 17)),
-        loads=_MASKED,
     ),
     _m(
         "kvm-4.17-vmx",
@@ -396,21 +412,21 @@ MACHINES: tuple[KvmMachine, ...] = (
         **_ASKS,
     ),
     _m(
-        "kvm-5.19-vmx",
-        "v5.10.133, v5.15.57, v5.19, v6.0, kvm_intel: VM entry loads what is stored",
+        "kvm-5.10.133-vmx",
+        "v5.10.133 and v5.15.57 and later of these, kvm_intel: VM entry loads what is stored",
         _gate_56,
         _asks_hardware,
         (_C519, _C59, _C511, _STABLE),
-        Versions((5, 19), (6, 1), ((5, 10, 133), (5, 15, 57), (5, 18, 14))),
+        Versions(branches=((5, 10, 133), (5, 15, 57))),
         **_UNMASKED,
     ),
     _m(
-        "kvm-6.1-vmx",
-        "v6.1 to v6.3, kvm_intel: VM entry loads the low half, exit saves all",
+        "kvm-5.19-vmx",
+        "v5.18.14, v5.19 to v6.3, kvm_intel: VM entry loads the low half, exit saves all",
         _gate_56,
         _asks_hardware,
-        (_C61V, _C59, _C511),
-        Versions((6, 1), (6, 4)),
+        (_C519V, _C519, _C59, _C511),
+        Versions((5, 19), (6, 4), ((5, 18, 14),)),
         pred_cmd="first",
         loads=_LOW_HALF,
     ),
@@ -419,7 +435,7 @@ MACHINES: tuple[KvmMachine, ...] = (
         "v6.4 to v6.13, kvm_intel: the same; IA32_PRED_CMD let through by CPUID",
         _gate_56,
         _asks_hardware,
-        (_C61V, _C64, _C59, _C511),
+        (_C64, _C519V, _C59, _C511),
         Versions((6, 4), (6, 14)),
         **_ASM_VMX,
     ),
@@ -455,11 +471,19 @@ MACHINES: tuple[KvmMachine, ...] = (
     # --- kvm_amd
     _m(
         "kvm-4.16-svm",
-        "v4.16 and v4.17, kvm_amd: mask 0x3",
+        "v4.16, kvm_amd: mask 0x3",
         _gate_svm_416,
         _fixed(0x3),
         (_C416S,),
-        Versions((4, 16), (4, 18)),
+        Versions((4, 16), (4, 17)),
+    ),
+    _m(
+        "kvm-4.17-svm",
+        "v4.17, kvm_amd: the same; VM entry loads IBRS and what the host has of the others",
+        _gate_svm_416,
+        _fixed(0x3),
+        (_C416S, _C417),
+        Versions((4, 17), (4, 18)),
         loads=_MASKED,
     ),
     _m(
@@ -545,11 +569,22 @@ MACHINES: tuple[KvmMachine, ...] = (
     ),
     _m(
         "kvm-6.4-svm",
-        "v6.4 to v6.13, kvm_amd: the same; IA32_PRED_CMD let through by CPUID, VMCB of 64 bits",
+        "v6.4 and v6.5, kvm_amd: the same; IA32_PRED_CMD let through by CPUID",
         _gate_56,
         _asks_hardware,
         (_C61S, _C64, _C513),
-        Versions((6, 4), (6, 14)),
+        Versions((6, 4), (6, 6)),
+        virtual="always",
+        vmcb=_LOW_HALF,
+        **_ASM_SVM,
+    ),
+    _m(
+        "kvm-6.6-svm",
+        "v6.6 to v6.13, kvm_amd: the same; 64 bits of room in the VMCB",
+        _gate_56,
+        _asks_hardware,
+        (_C66, _C61S, _C64, _C513),
+        Versions((6, 6), (6, 14)),
         virtual="always",
         **_ASM_SVM,
     ),

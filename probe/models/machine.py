@@ -7,9 +7,10 @@ that, so that no rule is written twice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from probe.masks import ALL_BITS
 from probe.models.profile import Profile
@@ -45,15 +46,17 @@ class Host:
     """The machine under the hypervisor.
 
     features is a mask over profile.FEATURES: what the kernel sees (boot_cpu_has). caps: what it offers to guests
-    (KVM_GET_SUPPORTED_CPUID). switched: the guest's value is loaded at entry and saved at exit, by the kernel
-    (X86_FEATURE_MSR_SPEC_CTRL) or the CPU (V_SPEC_CTRL); if not, a guest that is let through writes the host's own
-    register. ignore_msrs: kvm.ignore_msrs=1, KVM answers for MSRs that it does not know.
+    (KVM_GET_SUPPORTED_CPUID). loaded: the stored value is loaded at VM entry; switched: what the register holds is
+    saved at exit, where writes are not intercepted. Both are done by the kernel (X86_FEATURE_MSR_SPEC_CTRL; kvm_amd
+    before v6.1 saves without asking for it) or the CPU (V_SPEC_CTRL); if not, a guest that is let through has the
+    host's own register. ignore_msrs: kvm.ignore_msrs=1, KVM answers for MSRs that it does not know.
     """
 
     hardware: Hardware = Hardware()
     features: int = 0
     caps: int = 0
     switched: bool = True
+    loaded: bool = True
     ignore_msrs: bool = False
 
 
@@ -165,8 +168,24 @@ def step(machine: Machine, state: State, operation: Operation) -> tuple[State, A
     return machine.set_filter(state, denied), Word.OK
 
 
-def answers(machine: Machine, program: Program, host: Host) -> list[Answer | None]:
+@runtime_checkable
+class Stepping(Protocol):
+    """A model that does each operation itself: its rule need not be one of masks (policies)."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    def start(self, profile: Profile, host: Host) -> Any:
+        """Return a fresh vCPU."""
+
+    def step(self, state: Any, operation: Operation) -> tuple[Any, Answer | None]:
+        """Do one operation."""
+
+
+def answers(machine: Machine | Stepping, program: Program, host: Host) -> list[Answer | None]:
     """Return a machine's answers to a whole program; after one on MSR 0x48 that it leaves open, it says no more."""
+    do = machine.step if isinstance(machine, Stepping) else functools.partial(step, machine)
     state = machine.start(program.profile, host)
     found: list[Answer | None] = []
     lost = False
@@ -174,7 +193,7 @@ def answers(machine: Machine, program: Program, host: Host) -> list[Answer | Non
         if lost:
             found.append(None)
             continue
-        state, answer = step(machine, state, operation)
+        state, answer = do(state, operation)
         lost = answer is None and operation.index == SPEC_CTRL
         found.append(answer)
     return found

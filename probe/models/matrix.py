@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from probe.masks import ALL_BITS
-from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Host, Machine, State, answers
+from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Host, Machine, State, Stepping, answers
 from probe.models.profile import FEATURES, Profile
 from probe.models.program import Answer, Kind, Operation, Program, Word
 
@@ -172,6 +172,24 @@ def expected(machine: Machine, profile: Profile, host: Host, opener: int) -> Exp
     return Expected(masks, decided)
 
 
+def expected_by_programs(machine: Stepping, profile: Profile, host: Host, opener: int) -> Expected:
+    """Return the row of a model that need not be linear: every bit of every cell is asked as its program."""
+    masks: dict[str, int] = {}
+    decided: dict[str, int] = {}
+    for cell in CELLS:
+        if cell.after and not opener:
+            continue
+        mask = known = 0
+        for bit in (0,) if cell.single else range(64):
+            said = answers(machine, program_of(cell, profile, bit, opener), host)
+            known |= 0 if said[-1] is None else 1 << bit
+            # What is read counts only after writes that were taken: else it is what was there before.
+            refused = cell.answer is None and (Word.GP in said or Word.REFUSED in said)
+            mask |= 1 << bit if holds(cell, 0 if cell.single else 1 << bit, said[-1]) and not refused else 0
+        masks[cell.name], decided[cell.name] = mask, known
+    return Expected(masks, decided)
+
+
 class _Unsaid:
     """The model does not say what is read."""
 
@@ -247,7 +265,7 @@ def _count(mask: int) -> int:
     return bin(mask).count("1")
 
 
-def fit(machine: Machine, host: Host, rows: Sequence[Measured]) -> Fit:
+def fit(machine: Machine | Stepping, host: Host, rows: Sequence[Measured]) -> Fit:
     """Compare a model with a measured matrix; rows in an order in which the first divergence is the simplest."""
     cases = agreements = silent = 0
     divergences: dict[str, int] = {}
@@ -257,7 +275,8 @@ def fit(machine: Machine, host: Host, rows: Sequence[Measured]) -> Fit:
         key = (row.profile.mask, row.profile.no_cpuid, row.opener)
         model = cache.get(key)
         if model is None:
-            model = cache[key] = expected(machine, row.profile, host, row.opener)
+            row_of = expected_by_programs if isinstance(machine, Stepping) else expected
+            model = cache[key] = row_of(machine, row.profile, host, row.opener)  # type: ignore[arg-type]
         for cell in (*CELLS, *BESIDE):
             seen = row.masks.get(cell.name)
             if seen is None:
@@ -276,9 +295,9 @@ def fit(machine: Machine, host: Host, rows: Sequence[Measured]) -> Fit:
     return Fit(machine.name, cases, agreements, divergences, first, silent)
 
 
-def answers_of(machine: Machine, cell: Cell, row: Measured, bit: int, host: Host) -> list[Answer | None]:
+def answers_of(machine: Machine | Stepping, cell: Cell, row: Measured, bit: int, host: Host) -> list[Answer | None]:
     """Return what a machine answers to the program of one bit of a cell."""
-    if cell in BESIDE:
+    if cell in BESIDE and not isinstance(machine, Stepping):
         taken = machine.beside(row.profile, host)[cell.name][0] >> bit & 1
         return [Word.OK if taken else Word.REFUSED if cell.name.endswith("host") else Word.GP]
     return answers(machine, program_of(cell, row.profile, bit, row.opener), host)

@@ -192,13 +192,18 @@ def _always_emulate_host(profile: Profile, host: Host) -> int:
     return enumerated(profile.mask) & enumerated(host.caps | host.features)
 
 
-def _xen(profile: Profile, host: Host) -> int | None:
+def xen_bits(profile: Profile) -> int | None:
+    """Return the bits that Xen lets a guest with this CPUID write; None if the register is not there for it."""
     if not profile.mask & _IBRS:
         return None
     mask = IBRS | STIBP
     for features, bits in ((_SSBD, SSBD), (_PSFD, 1 << 7), (_IPRED, 0x18), (_RRSBA, 0x60), (_BHI, 1 << 10)):
         mask |= bits if profile.mask & features else 0
     return mask
+
+
+def _xen(profile: Profile, host: Host) -> int | None:
+    return xen_bits(profile)
 
 
 def _oracle_says(profile: Profile) -> int:
@@ -230,7 +235,7 @@ def _all_unsaid(profile: Profile, host: Host) -> int:
 
 
 _THREAD = "f3c243b06b5acfea9ed4e4242d8287c7169ef1be.camel@redhat.com (2020-07-07)"
-_XEN = "xen c447b7308b13 (2026-08-20) xen/arch/x86/msr.c, guest_wrmsr(), msr_spec_ctrl_valid_bits()"
+XEN = "xen c447b7308b13 (2026-08-20) xen/arch/x86/msr.c, guest_wrmsr(), msr_spec_ctrl_valid_bits()"
 _VBOX = "VirtualBox src/VBox/VMM/VMMR3/CPUMAllMsrs.cpp, cpumMsrWr_Ia32SpecControl()"
 _BHYVE = "FreeBSD usr.sbin/bhyve/amd64/xmsr.c; x86.strictmsr (bhyve_config(5))"
 _KUT = "kvm-unit-tests 1da1819e x86/msr.c, test_mitigation_msrs() (since 70445405, June 2025)"
@@ -246,7 +251,7 @@ MACHINES: tuple[PeerMachine | PassThrough, ...] = (
         _always_emulate_host,
         family="policy",
     ),
-    PeerMachine("xen", "Xen's rule where it sees the write (PV, emulation, migration)", _XEN, _xen, _xen),
+    PeerMachine("xen", "Xen's rule where it sees the write (PV, emulation, migration)", XEN, _xen, _xen),
     PeerMachine(
         "virtualbox",
         "VirtualBox: IBRS and STIBP, stored only",

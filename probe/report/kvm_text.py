@@ -17,7 +17,8 @@ _KIN = (("pred_cmd", "IA32_PRED_CMD (0x49)"), ("virt_spec_ctrl", "VIRT_SPEC_CTRL
 
 def render(record: KvmRecord, *, rows: int = 12) -> str:
     """Return the report; of the groups of profiles at most rows are shown, the largest first."""
-    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48): {explained(record)}"), ""]
+    under = f" under policy {record.policy.name}" if record.policy is not UNSET else ""
+    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48){under}: {explained(record)}"), ""]
     lines += [*_machine(record), "", *_models(record), *_explored(record), *_rows(record, rows)]
     if record.notes:
         lines += ["", *fields("notes", record.notes)]
@@ -29,10 +30,10 @@ def explained(record: KvmRecord) -> str:
     names = record.explained_by
     if not names:
         return "explained by no model"
-    if len(names) == 1 or not record.follows:
+    others = [name for name in names if name != record.follows]
+    if not record.follows or not others:
         return "explained by " + ", ".join(names)
-    others = ", ".join(name for name in names if name != record.follows)
-    return f"explained by {record.follows}, of its version; alike here: {others}"
+    return f"explained by {record.follows}, of its version; alike here: {', '.join(others)}"
 
 
 def _machine(record: KvmRecord) -> list[str]:
@@ -71,24 +72,35 @@ def _machine(record: KvmRecord) -> list[str]:
 def _driver(record: KvmRecord) -> str:
     """Say what the msr driver answered, beside what KVM's own test of a value did."""
     assert record.driver is not UNSET
+    if record.driver.error:
+        return f"the msr driver was NOT ASKED: {record.driver.error}"
     accepts, unanswered = record.driver.accepts, parse_hex64(record.driver.unanswered)
     differ = driver_differs(record)
     alike = f"UNLIKE KVM_SET_MSRS on {format_bits(differ)}" if differ else "as KVM_SET_MSRS"
+    if record.guest is not UNSET and record.guest.tested is not UNSET:
+        alike = "(spec_ctrl_model answers for both)"
+    elif not differ and accepts != record.hardware.tested:
+        alike = "(KVM has a mask of its own)"
     silent = f", no answer for bits {format_bits(unanswered)}" if unanswered else ""
     return f"the msr driver takes {accepts}  {alike}{silent} (CPU {record.driver.cpu})"
 
 
 def _switched(record: KvmRecord) -> str:
-    """Say whether VM entry loads what the host has written; where KVM itself does not keep that, nobody can tell."""
+    """Say whether VM entry loads and VM exit saves the register; where KVM keeps no host write, nobody can tell."""
     fresh = next((row.cells for row in record.rows if "none" in row.profiles), {})
     zero = hex64(0)
+    hardware = record.hardware
     if fresh.get("host_first", zero) == zero or fresh.get("host_first_kept", zero) == zero:
         return "whether VM entry loads it cannot be told: KVM keeps no host write, or none was measured (profile none)"
-    if record.hardware.switched:
-        return "loaded and saved at VM entry and exit"
-    if "V_SPEC_CTRL" in record.hardware.host_cpuid.split(","):
-        return "not loaded at VM entry: the kernel leaves it to V_SPEC_CTRL, which this CPU does not do"
-    return "not loaded at VM entry: X86_FEATURE_MSR_SPEC_CTRL is off on this host"
+    if hardware.keep == zero:
+        loads = "whether VM entry loads it cannot be told (it keeps nothing)"
+    else:
+        loads = "loaded at VM entry" if hardware.loaded else "not loaded at VM entry"
+    saves = "saved at VM exit" if hardware.switched else "not saved at VM exit"
+    if not hardware.switched:
+        forced = record.guest is not UNSET and "V_SPEC_CTRL" in record.guest.cpu.split(",")
+        saves += " (the kernel leaves it to V_SPEC_CTRL, which this CPU does not do)" if forced else ""
+    return f"{loads}, {saves}"
 
 
 def _bits(mask: str) -> str:
@@ -131,6 +143,8 @@ def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
             lines += paragraph(f"not measured: {why}", head, " " * 26)
             continue
         lines += paragraph(explained(record).replace("explained by ", ""), head, " " * 26)
+        if record.driver is not UNSET and record.driver.error:
+            lines += paragraph(f"msr driver not asked: {record.driver.error}", " " * 26, " " * 28)
         for entry in record.explored:
             found = _found(entry)
             lines += paragraph(f"{entry.model}: {entry.programs} random programs: {found}", " " * 26, " " * 28)
@@ -147,11 +161,12 @@ def table(records: Sequence[tuple[str, KvmRecord | None, str]]) -> str:
 
 
 def _fit(fit: FitEntry) -> list[str]:
-    head = f"{fit.model:<18}{fit.cases:>8}{_share(fit):>8}{'':>3}"
+    long = [fit.model] if len(fit.model) > 18 else []
+    head = f"{'' if long else fit.model:<18}{fit.cases:>8}{_share(fit):>8}{'':>3}"
     if fit.first is UNSET:
-        return [f"{head}none"]
+        return [*long, f"{head}none"]
     first = fit.first
-    return paragraph(f"{first.program} -> {first.kernel}, not {first.model}", head, " " * 37)
+    return [*long, *paragraph(f"{first.program} -> {first.kernel}, not {first.model}", head, " " * 37)]
 
 
 def _share(fit: FitEntry) -> str:

@@ -86,11 +86,14 @@ def as_text(form: str, groups: Sequence[Group]) -> str:
     return joined(lines)
 
 
-def what_if_as_text(host: str, features: int, guest: Profile, accepts: int, answers: Sequence[WhatIf]) -> str:
+def what_if_as_text(host: str, features: int, guest: Profile, accepts: int | None, answers: Sequence[WhatIf]) -> str:
     """Return what rules would do, at most 75 columns wide; features is the host's mask over profile.FEATURES."""
     lines = [*field("host", host), *field("", str(Profile(features)).replace(",", ", "))]
     lines += field("guest", str(guest).replace(",", ", "))
-    lines += field("hardware", f"is taken to accept {hex64(accepts)}  bits {format_bits(accepts)}")
+    if accepts is None:
+        lines += field("hardware", "has no such register, by the vendor's documents")
+    else:
+        lines += field("hardware", f"is taken to accept {hex64(accepts)}  bits {format_bits(accepts)}")
     for answer in answers:
         lines += ["", *paragraph(answer.machine.title, f"{answer.machine.name:<18}", " " * 18)]
         for title, mask in (
@@ -107,16 +110,16 @@ def what_if_as_text(host: str, features: int, guest: Profile, accepts: int, answ
 
 def _accepted(title: str, mask: int | None) -> str:
     if mask is None:
-        return "no write lets this guest through" if title == "once let through" else "refused, of 0 too"
+        return "no write of the guest's lets it through" if title == "once let through" else "refused, of 0 too"
     return f"{hex64(mask)}  bits {format_bits(mask)}"
 
 
-def what_if_as_json(host: str, features: int, guest: Profile, accepts: int, answers: Sequence[WhatIf]) -> str:
+def what_if_as_json(host: str, features: int, guest: Profile, accepts: int | None, answers: Sequence[WhatIf]) -> str:
     """Return the same as JSON text; a mask that is null: every write is refused, or nothing lets the guest through."""
     document = {
         "host": {"cpu": host, "cpuid": str(Profile(features))},
         "guest": {"cpuid": str(guest)},
-        "hardware": hex64(accepts),
+        "hardware": _or_null(accepts),
         "models": {
             answer.machine.name: {
                 "guest_first": _or_null(answer.guest_first),

@@ -62,8 +62,9 @@ def test_debian_12_on_a_zen_2_follows_the_model_of_6_1() -> None:
     assert oracle.first is not UNSET
     assert parse(oracle.first.program)[0], "the first divergence is a program"
     report = kvm_text.render(record)
-    assert "loaded and saved at VM entry and exit" in report
+    assert "saved at VM exit" in report
     assert "as KVM_SET_MSRS" in report
+    assert record.driver.error == ""
     assert all(len(line) <= 75 for line in report.splitlines())
 
 
@@ -74,7 +75,7 @@ def test_debian_13_with_v_spec_ctrl_lets_everyone_through_and_one_that_fails_cos
     assert isinstance(missing.error, RequirementMissing)
     record = trixie.record
     assert record is not None
-    assert (record.follows, record.kernel.release[:5]) == ("kvm-6.4-svm", "6.12.")
+    assert (record.follows, record.kernel.release[:5]) == ("kvm-6.6-svm", "6.12.")
     assert "V_SPEC_CTRL" in record.hardware.host_cpuid.split(",")
     assert masks_of(record, "empty")["guest_first"] == hex64(ALL_BITS), "v5.13 to v6.16: no gate, no interception"
     assert not record.hardware.switched
@@ -89,8 +90,7 @@ def test_hardware_that_says_no_decides_first_writes_and_no_later_ones(tested: in
     assert record.follows == "kvm-6.1-svm", [(fit.model, fit.agreements, fit.cases) for fit in record.fits[:4]]
     assert record.guest is not UNSET
     assert record.guest.tested == record.hardware.tested == hex64(tested)
-    assert record.driver is not UNSET
-    assert record.driver.accepts == hex64(tested)
+    assert "spec_ctrl_model answers for both" in " ".join(kvm_text.render(record).split())
     row = masks_of(record, "zen2-client-2020")
     assert (row["host_first"], row["guest_first"]) == (hex64(tested), hex64(tested))
     assert (row["host_zero"], row["guest_zero"]) == (hex64(1), hex64(1))

@@ -119,8 +119,11 @@ def run(machine: str, text: str, host: Host = WITHOUT_V) -> str:
             "profile AMD_IBRS; guest-wr 0x48 0x100000001; guest-wr 0x48 0x2; host-get 0x48",
             "ok ok 0x100000002",
         ),
-        ("kvm-6.1-vmx", "profile AMD_IBRS; guest-wr 0x48 0x100000001; host-get 0x48", "ok 0x1"),
+        ("kvm-5.19-vmx", "profile AMD_IBRS; guest-wr 0x48 0x100000001; host-get 0x48", "ok 0x1"),
+        ("kvm-5.10.133-vmx", "profile AMD_IBRS; guest-wr 0x48 0x100000001; host-get 0x48", "ok 0x100000001"),
         ("kvm-5.19-svm", "profile AMD_IBRS; guest-wr 0x48 0x100000001; host-get 0x48", "ok 0x100000001"),
+        # v4.16 loads all of it; v4.17 to v5.18 what the host has of the first three.
+        ("kvm-4.16-vmx", "profile SPEC_CTRL; host-set 0x48 0x2; guest-rd 0x48", "ok 0x2"),
         # What is loaded at entry: bits 63:32 from 6.19 on, bits above SSBD from 5.19 on.
         ("kvm-5.11-vmx", "profile AMD_IBRS; host-set 0x48 0x81; guest-rd 0x48; host-get 0x48", "ok 0x1 0x1"),
         ("kvm-5.19-vmx", "profile AMD_IBRS; host-set 0x48 0x81; guest-rd 0x48; host-get 0x48", "ok 0x81 0x81"),
@@ -176,7 +179,8 @@ def test_v_spec_ctrl_until_6_17_lets_guests_without_the_register_use_it() -> Non
     [
         # vmcb_save_area.spec_ctrl had 32 bits (v6.1.192), has 64 (v6.12.118).
         ("kvm-6.1-svm", "profile none; host-set 0x48 0x100000001; host-get 0x48", "ok 0x1"),
-        ("kvm-6.4-svm", "profile none; host-set 0x48 0x100000001; host-get 0x48", "ok 0x100000001"),
+        ("kvm-6.4-svm", "profile none; host-set 0x48 0x100000001; host-get 0x48", "ok 0x1"),
+        ("kvm-6.6-svm", "profile none; host-set 0x48 0x100000001; host-get 0x48", "ok 0x100000001"),
         # INIT clears svm->spec_ctrl, which is not used here.
         ("kvm-6.4-svm", "profile none; host-set 0x48 0x1; init; host-get 0x48", "ok ok 0x1"),
         # The hole is there between a host's write after the first entry and the next decision.
@@ -191,7 +195,7 @@ def test_with_v_spec_ctrl(machine: str, text: str, wanted: str) -> None:
 
 def test_a_cpu_that_does_not_do_what_v_spec_ctrl_promises() -> None:
     """The kernel leaves the register to the CPU, and the CPU to the guest: what is stored and what is held part."""
-    host = Host(Hardware(keep=0x7), features=ALL_FEATURES, caps=ALL_FEATURES, switched=False)
+    host = Host(Hardware(keep=0x7), features=ALL_FEATURES, caps=ALL_FEATURES, switched=False, loaded=False)
     text = "profile AMD_IBRS; host-set 0x48 0x1; guest-wr 0x48 0x2; guest-rd 0x48; host-get 0x48"
     assert run("kvm-6.4-svm", text, host) == "ok ok 0x2 0x1"
 
@@ -245,6 +249,18 @@ def test_6_14_asks_what_kvm_supports() -> None:
     host = Host(features=0, caps=0)
     assert run("kvm-5.19-vmx", "profile AMD_IBRS; guest-wr 0x48 0x1", host) == "ok"
     assert run("kvm-6.14-vmx", "profile AMD_IBRS; guest-wr 0x48 0x1", host) == "gp"
+
+
+def test_v5_18_loads_stibp_and_ssbd_only_where_the_host_has_them() -> None:
+    knights_landing = Host(features=parse_profile("SPEC_CTRL").mask, caps=ALL_FEATURES)
+    assert run("kvm-5.11-vmx", "profile SPEC_CTRL; host-set 0x48 0x7; guest-rd 0x48", knights_landing) == "ok 0x1"
+    assert run("kvm-5.19-vmx", "profile SPEC_CTRL; host-set 0x48 0x7; guest-rd 0x48", knights_landing) == "ok 0x7"
+
+
+def test_a_kernel_that_saves_and_does_not_load() -> None:
+    """kvm_amd before v6.1 without X86_FEATURE_MSR_SPEC_CTRL: what the host's register holds becomes the guest's."""
+    host = Host(Hardware(start=0x4), loaded=False)
+    assert run("kvm-5.9-svm", "profile none; host-set 0x48 0x1; guest-rd 0x48; host-get 0x48", host) == "ok 0x4 0x4"
 
 
 def test_a_kernel_that_does_not_switch_the_register_keeps_what_it_was_given() -> None:
@@ -398,6 +414,10 @@ def test_every_two_eras_of_kvm_differ_somewhere() -> None:
         ("6.1.0-56-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.192-2 (2026-11-16)", (6, 1, 192)),
         ("6.18.44-fc-v669", "#1 SMP PREEMPT_DYNAMIC @0", (6, 18, 44)),
         ("7.2-rc3", "#1", (7, 2, 0)),
+        ("6.17.0", "#1", (6, 17, 0)),
+        ("6.17.0-rc2", "#1", (6, 17, 0)),
+        ("5.15.0-91-generic", "#101-Ubuntu SMP", None),
+        ("4.18.0-553.el8_10.x86_64", "#1 SMP", None),
         ("unknown", "", None),
     ],
 )
@@ -419,11 +439,15 @@ def test_every_mainline_kernel_since_4_16_has_one_model_for_each_vendor() -> Non
     [
         (["kvm-5.9-svm", "kvm-5.10.133-svm", "kvm-5.19-svm"], "kvm_amd", (5, 10, 262), "kvm-5.10.133-svm"),
         (["kvm-5.9-svm", "kvm-5.10.133-svm", "kvm-5.19-svm"], "kvm_amd", (5, 10, 100), "kvm-5.9-svm"),
-        (["kvm-5.11-vmx", "kvm-5.19-vmx"], "kvm_intel", (5, 15, 60), "kvm-5.19-vmx"),
-        (["kvm-5.11-vmx", "kvm-5.19-vmx"], "kvm_intel", (5, 15, 3), "kvm-5.11-vmx"),
+        (["kvm-5.11-vmx", "kvm-5.10.133-vmx"], "kvm_intel", (5, 15, 60), "kvm-5.10.133-vmx"),
+        (["kvm-5.11-vmx", "kvm-5.10.133-vmx"], "kvm_intel", (5, 15, 3), "kvm-5.11-vmx"),
+        # the version's own model is refuted: nothing is "of its version"
+        (["kvm-5.9-vmx", "kvm-5.11-vmx"], "kvm_intel", (5, 10, 262), ""),
+        (["kvm-5.6-svm"], "kvm_amd", (7, 2, 0), ""),
+        (["kvm-5.11-vmx"], "kvm_intel", (5, 4, 250), ""),
         (["bhyve", "qemu-tcg"], "kvm_pvm", (6, 18, 44), ""),
         (["kvm-5.9-svm", "kvm-5.11-vmx"], "", (5, 11, 0), ""),
-        (["xen"], "", None, "xen"),
+        (["xen"], "", None, ""),
         ([], "kvm_amd", (6, 1, 0), ""),
     ],
 )

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""What a guest pays for WRMSR and RDMSR of IA32_SPEC_CTRL, in TSC cycles, read by the guest itself.
+
+The rows beside the policies say what is in such a number: the timing itself, an exit to KVM (CPUID), and an exit to
+this VMM (OUT), which is in Python: a policy in C costs less than one here, but never less than the exit.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from kernel_harness.kvm import guest_code
+from kernel_harness.kvm.guest_code import Step
+from kernel_harness.kvm.machine import Kvm, Vcpu, ticking
+from kernel_harness.kvm.policed import Judge, PolicedLaboratory
+from kernel_harness.kvm.runner import Cpuids, Laboratory
+from probe.models.cost import Cost, Costs
+from probe.models.machine import SPEC_CTRL, Host
+from probe.models.policy import Policy, has_register
+from probe.models.profile import Profile, parse_profile
+
+SAMPLES = 400
+_EVERY_GATE = parse_profile("SPEC_CTRL,INTEL_STIBP,SPEC_CTRL_SSBD,AMD_IBRS,AMD_STIBP,AMD_SSBD")
+
+
+def _cost(what: str, results: Sequence[guest_code.Result]) -> Cost:
+    if any(result.faulted for result in results):
+        return Cost(what, None)
+    cycles = sorted(result.value for result in results)
+    parts = statistics.quantiles(cycles, n=20)
+    return Cost(what, round(statistics.median(cycles)), round(parts[0]), round(parts[-1]))
+
+
+def _timed(laboratory: Laboratory, vcpu: Vcpu, what: str, kind: int) -> Cost:
+    """Time one access many times in one table; the first tenth warms up and does not count."""
+    steps = [Step(kind, SPEC_CTRL, 0)] * SAMPLES
+    return _cost(what, laboratory.guest(vcpu, steps)[SAMPLES // 10 :])
+
+
+def guest_for(host: Host) -> Profile:
+    """Return the CPUID of the guest that pays: what KVM offers, or, if that has no such register, all of its bits."""
+    offered = Profile(host.caps)
+    return offered if has_register(offered) else _EVERY_GATE
+
+
+def measure_costs(
+    policies: Sequence[Policy], host: Host, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Costs:
+    """Measure all in one run, on fresh vCPUs; a policy's first write is one of a bit, so that it may let through."""
+    guest = guest_for(host)
+    opener = host.hardware.tested & -host.hardware.tested
+    found: list[tuple[str, Cost, Cost]] = []
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        with Laboratory(kvm, cpuids) as plain:
+            vcpu = plain.vcpu(guest)
+            khz = vcpu.get_tsc_khz()
+            bare = [
+                _timed(plain, vcpu, "nothing: the timing itself", guest_code.TIMED_NOTHING),
+                _timed(plain, vcpu, "CPUID: an exit to KVM", guest_code.TIMED_CPUID),
+                _timed(plain, vcpu, "OUT: an exit to this VMM", guest_code.TIMED_OUT),
+            ]
+            found.append(_pair(plain, vcpu, "KVM alone, before the guest was let through"))
+            vcpu = plain.vcpu(guest)
+            if opener and plain.host_set(vcpu, SPEC_CTRL, opener):
+                found.append(_pair(plain, vcpu, "KVM alone, after it"))
+        for number, policy in enumerate(policies):
+            progress(number, len(policies))
+            with PolicedLaboratory(kvm, cpuids, Judge(policy), host) as laboratory:
+                vcpu = laboratory.vcpu(guest)
+                laboratory.guest(vcpu, [Step(guest_code.WRITE, SPEC_CTRL, opener)])
+                found.append(_pair(laboratory, vcpu, policy.name))
+        progress(len(policies), len(policies))
+    return Costs(khz, tuple(bare), tuple(found))
+
+
+def _pair(laboratory: Laboratory, vcpu: Vcpu, name: str) -> tuple[str, Cost, Cost]:
+    return (
+        name,
+        _timed(laboratory, vcpu, "WRMSR", guest_code.TIMED_WRITE),
+        _timed(laboratory, vcpu, "RDMSR", guest_code.TIMED_READ),
+    )

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Policies as plain text of at most 75 columns: the catalogue, two compared, what they break and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from probe.models.cost import Cost, Costs, switches_for_one_percent
+from probe.models.difference import Difference
+from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus
+from probe.models.machine import Machine, Stepping
+from probe.models.migration import Rule
+from probe.models.policy import POLICIES, Policy
+from probe.models.program import format_answer, written
+from probe.registers import SPEC_CTRL
+from probe.report.layout import joined, paragraph
+
+
+def catalogue(example: str) -> str:
+    """Return the list of policies, and how one of one's own looks."""
+    lines = ["policies: kvm policy NAME"]
+    for policy in POLICIES:
+        lines += paragraph(policy.title, f"  {policy.name:<26}", " " * 28)
+        lines += paragraph(policy.source, " " * 28, " " * 28)
+    lines += ["", "one of your own: kvm policy FILE.py, such as", ""]
+    text = joined(lines)
+    return text + "".join(f"  {line}".rstrip() + "\n" for line in example.splitlines())
+
+
+def compared(one: Policy, other: Policy, over: Machine, found: Difference | None, machines: Sequence[Stepping]) -> str:
+    """Return where two policies differ: the smallest case, and the named CPUs and systems that live under one only."""
+    lines = [*paragraph(f"{one.name}: {one.title}"), *paragraph(f"{other.name}: {other.title}")]
+    lines += paragraph(f"both over {over.name}: {over.title}")
+    lines.append("")
+    if found is None:
+        lines += paragraph("no guest sees a difference in up to 2 accesses, on any named CPUID or single bit of one")
+    else:
+        lines += paragraph(f"the smallest case, on {found.host}:")
+        lines += paragraph(written(found.program, [a for a in found.one[:-1] if a is not None]), "  ", "  ")
+        for policy, said in ((one, found.one), (other, found.other)):
+            last = said[-1]
+            lines.append(f"  {policy.name:<26}{'nothing' if last is None else format_answer(last)}")
+    lines += ["", "guests that live under one and not under the other:"]
+    told = []
+    for cpu in cpus():
+        for system in SYSTEMS:
+            dies = [breaks(machine, cpu, system) is not None for machine in machines]
+            if dies[0] != dies[1]:
+                lives = (other if dies[0] else one).name
+                told.append(f"  {cpu.name:<24}{system.name:<10}lives under {lives}")
+    return joined([*lines, *(told or ["  none"])])
+
+
+def survival(machines: Sequence[Stepping | Machine], names: Sequence[str]) -> str:
+    """Return for each policy the named CPUs on which each system dies."""
+    lines = ["guests that die: named CPUs as hosts, their guests as KVM offers them"]
+    lines += [line for system in SYSTEMS for line in paragraph(system.title, f"  {system.name:<10}", " " * 12)]
+    lines.append("")
+    for machine, name in zip(machines, names):
+        dead = {system.name: [cpu.name for cpu in cpus() if breaks(machine, cpu, system)] for system in SYSTEMS}
+        told = "; ".join(f"{system}: {', '.join(found)}" for system, found in dead.items() if found)
+        lines += paragraph(told or "none", f"  {name:<26}", " " * 28)
+    return joined(lines)
+
+
+def moves(machines: Sequence[Stepping | Machine], names: Sequence[str], rule: Rule) -> str:
+    """Return for each policy, on source and destination, the moves between named CPUs that break."""
+    lines = paragraph(
+        f"moves that break between these CPUs, the policy on both, the guest with the CPUID that both offer; "
+        f"rule {rule.name}: {rule.title}"
+    )
+    lines.append("")
+    for machine, name in zip(machines, names):
+        found = broken_moves(machine, rule)
+        kinds = {word: sum(done.word == word for *_, done in found) for word in ("refused", "lost")}
+        told = ", ".join(f"{count} {word}" for word, count in kinds.items() if count) or "none"
+        if found:
+            source, target, done = found[0]
+            told += f"; such as {source} to {target}, {SPEC_CTRL.describe(done.refused or done.lost)}"
+        lines += paragraph(told, f"  {name:<26}", " " * 28)
+    return joined(lines)
+
+
+def costs(found: Costs) -> str:
+    """Return what accesses cost, in TSC cycles: median, and between which values nine of ten lie."""
+    lines = [f"TSC cycles in the guest, TSC at {found.khz / 1e6:.3f} GHz; median (5 % .. 95 %)", ""]
+    for cost in found.bare:
+        lines.append(f"  {cost.what:<45}{_number(cost)}")
+    lines.append("")
+    for name, write, read in found.policies:
+        lines.append(f"  {name:<45}{_number(write)}")
+        per_second = switches_for_one_percent(found, write)
+        told = f"    RDMSR {_number(read)}"
+        if per_second is not None:
+            told += f"; 1 % at {per_second:,} switches a second"
+        lines.append(told)
+    return joined(lines)
+
+
+def _number(cost: Cost) -> str:
+    if cost.median is None:
+        return "takes #GP"
+    return f"{cost.median:,} ({cost.low:,} .. {cost.high:,})"

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: MIT
+"""Policies and migrations without a machine: what they decide, what breaks, what a file of one's own may do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_harness.kvm.policed import Judge
+from kernel_harness.kvm.policy_file import EXAMPLE, find
+from probe.cli import main
+from probe.errors import UsageError
+from probe.kvm_record import decode as decode_kvm
+from probe.masks import ALL_BITS
+from probe.models import machines
+from probe.models.cost import Cost, Costs, switches_for_one_percent
+from probe.models.difference import HOSTS, policy_difference
+from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus
+from probe.models.machine import Hardware, Host, answers
+from probe.models.matrix import CELLS, Measured, expected_by_programs, fit
+from probe.models.migration import BY_NAME as RULES
+from probe.models.migration import Move, Side, mend
+from probe.models.policy import (
+    BY_NAME,
+    POLICIES,
+    Decision,
+    Fate,
+    Policy,
+    PolicyMachine,
+    VcpuState,
+    complete,
+    drop,
+    fault,
+)
+from probe.models.profile import ALL_FEATURES, EMPTY, NAMED, Profile, parse_profile
+from probe.models.program import format_answer, parse
+from probe.pool import grouped, move, place_of
+from probe.record import decode
+from probe.report import migrate_text, policy_text
+
+KERNEL = machines.get("kvm-6.19-svm")
+WITHOUT_V = ALL_FEATURES & ~parse_profile("V_SPEC_CTRL").mask
+IDEAL = Host(features=WITHOUT_V, caps=WITHOUT_V)
+ZEN2 = Host(Hardware(tested=0x6, valid=0x6, keep=0x6), features=parse_profile("zen2-client").mask, caps=WITHOUT_V)
+METAL = Path("results/modelled-threadripper-3970x/metal.json")
+GUEST = Path("results/modelled-threadripper-3970x/kvm-5.6-guest.json")
+
+
+def run(policy: str | Policy, text: str, host: Host = IDEAL, kernel: str = "kvm-6.19-svm") -> str:
+    asked = BY_NAME[policy] if isinstance(policy, str) else policy
+    said = answers(PolicyMachine(asked, machines.get(kernel)), parse(text)[0], host)
+    return " ".join("?" if one is None else format_answer(one) for one in said)
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "wanted"),
+    [
+        # The guest of July 2020: STIBP without IBRS.
+        (
+            "kvm-5.6-mask",
+            "profile zen2-client-2020; guest-wr 0x48 0x2; guest-wr 0x48 0x4; guest-wr 0x48 0x2",
+            "gp ok ok",
+        ),
+        ("maxim-v1", "profile zen2-client-2020; guest-wr 0x48 0x2; guest-rd 0x48", "ok 0x2"),
+        ("hardware-test", "profile zen2-client-2020; guest-wr 0x48 0x2; guest-wr 0x48 0x1", "ok gp"),
+        ("emulate", "profile zen2-client-2020; guest-wr 0x48 0x6; guest-wr 0x48 0x80; guest-rd 0x48", "ok gp 0x6"),
+        # Emulation asks on every write; pass-through does not after the first that is not 0.
+        (
+            "emulate-guest",
+            "profile AMD_STIBP; guest-wr 0x48 0x2; guest-wr 0x48 0x4; host-set 0x48 0x4",
+            "ok gp refused",
+        ),
+        ("pass-through-after-write", "profile AMD_STIBP; guest-wr 0x48 0x2; guest-wr 0x48 0x4", "ok ok"),
+        ("pass-through-after-write", "profile AMD_STIBP; guest-wr 0x48 0x1", "gp"),
+        # The hardware does not fault on what a policy never sees any more, nor on what it does not let go.
+        ("pass-through", "profile AMD_STIBP; guest-wr 0x48 0x4; guest-rd 0x48; host-get 0x48", "ok 0x4 0x4"),
+        ("pass-through", "profile empty; guest-wr 0x48 0x0", "gp"),
+        ("xen", "profile AMD_IBRS; guest-wr 0x48 0x2; guest-wr 0x48 0x4", "ok gp"),
+        ("xen", "profile zen2-client; guest-wr 0x48 0x0; host-set 0x48 0x0; host-set 0x48 0x2", "gp ok refused"),
+        # A program's own filter stays a filter.
+        ("emulate", "profile AMD_STIBP; deny 0x48 wr; guest-wr 0x48 0x2; allow; guest-wr 0x48 0x2", "ok gp ok ok"),
+        ("emulate", "profile AMD_STIBP; guest-wr 0x48 0x2; init; guest-rd 0x48", "ok ok 0x0"),
+    ],
+)
+def test_a_policy_decides(policy: str, text: str, wanted: str) -> None:
+    assert run(policy, text, ZEN2) == wanted
+
+
+def test_forced_and_shadow() -> None:
+    text = "profile AMD_STIBP; guest-wr 0x48 0x2; guest-rd 0x48; host-get 0x48"
+    assert run("forced-shadow", text) == "ok 0x2 0x2"
+    forced = PolicyMachine(BY_NAME["forced-shadow"], KERNEL)
+    state = forced.start(parse_profile("AMD_STIBP"), IDEAL)
+    state, _ = forced.step(state, parse("profile none; guest-wr 0x48 0x2")[0].operations[0])
+    assert state.kernel.value == 0x402, "what the guest does not see: BHI_DIS_S is on"
+    assert run("forced-shadow", text, ZEN2) == "ok 0x2 0x2", "hardware without the bit: nothing to force"
+
+
+def test_a_dropped_write_changes_nothing() -> None:
+    def decide(host: Host, guest: Profile, vcpu: VcpuState, value: int) -> Decision:
+        return drop() if value & 0x1 else complete(value)
+
+    text = "profile AMD_IBRS; guest-wr 0x48 0x2; guest-wr 0x48 0x1; guest-rd 0x48"
+    assert run(Policy("mine", "", "", decide), text) == "ok ok 0x2"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy.name))
+@given(mask=st.integers(0, ALL_FEATURES), keep=st.sampled_from([0, 0x7, ALL_BITS]))
+@settings(max_examples=3, deadline=None)
+def test_a_policys_model_explains_itself(policy: Policy, mask: int, keep: int) -> None:
+    host = Host(Hardware(keep=keep), features=WITHOUT_V, caps=WITHOUT_V)
+    machine = PolicyMachine(policy, KERNEL)
+    row = expected_by_programs(machine, Profile(mask), host, 1)
+    assert set(row.masks) == {cell.name for cell in CELLS}
+    assert fit(machine, host, [Measured(Profile(mask), 1, row.masks)]).explains
+
+
+# --- what a policy of one's own may do ------------------------------------------------------------------------------
+
+
+def judged(decide: object) -> tuple[Decision, Judge]:
+    judge = Judge(Policy("mine", "", "", decide))  # type: ignore[arg-type]
+    return judge(IDEAL, EMPTY, VcpuState(), 1), judge
+
+
+def raises(*given: object) -> Decision:
+    raise KeyError("nothing")
+
+
+@pytest.mark.parametrize(
+    ("decide", "complaint"),
+    [
+        (raises, "raised KeyError ('nothing')"),
+        (lambda *given: None, "returned None, no Decision"),
+        (lambda *given: 7, "returned 7, no Decision"),
+        (lambda *given: complete(1 << 64), f"returned {1 << 64}, no value of 64 bits"),
+        (
+            lambda *given: Decision("drop"),  # type: ignore[arg-type]
+            "returned Decision(fate='drop', value=0, shadow=0, let_through=False)",
+        ),
+    ],
+)
+def test_a_policy_that_answers_nonsense_faults_and_is_told(decide: object, complaint: str) -> None:
+    decision, judge = judged(decide)
+    assert decision == fault()
+    (said,) = judge.complaints
+    assert said.startswith(complaint[:50])
+
+
+def test_the_example_works(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(EXAMPLE)
+    policy = find(str(path))
+    assert (policy.name, policy.title) == ("mine", "Only what the guest's CPUID enumerates, and never STIBP.")
+    text = "profile AMD_STIBP,AMD_SSBD; guest-wr 0x48 0x6; guest-rd 0x48; guest-wr 0x48 0x80"
+    assert run(policy, text) == "ok 0x4 gp"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import no_such_module", "raises when it is loaded: ModuleNotFoundError"),
+        ("def decide(:", "cannot use the policy"),
+        ("x = 1", r"has no function decide\(host, guest, vcpu, value\)"),
+        ("while True: pass", "does not come to an end when it is loaded"),
+    ],
+)
+def test_a_file_that_is_no_policy(text: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_harness.kvm.policy_file._LOAD_SECONDS", 0.3)
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=why):
+        find(str(path))
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(UsageError, match="no policy is called 'nope'"):
+        find("nope")
+    with pytest.raises(UsageError, match="cannot use the policy"):
+        find("/no/such/file.py")
+
+
+# --- what policies mean ---------------------------------------------------------------------------------------------
+
+
+def dead(policy: str, system: str) -> list[str]:
+    machine = PolicyMachine(BY_NAME[policy], KERNEL)
+    (asked,) = [one for one in SYSTEMS if one.name == system]
+    return [cpu.name for cpu in cpus() if breaks(machine, cpu, asked)]
+
+
+def test_the_crash_of_2020_and_the_one_of_2026() -> None:
+    assert dead("kvm-5.6-mask", "windows") == ["zen2-client", "dali", "qemu-epyc-rome-v1"]
+    assert dead("kvm-5.6-mask", "linux") == ["zen2-client", "dali", "qemu-epyc-rome-v1"]
+    for policy in ("maxim-v1", "pass-through-after-write", "emulate", "hardware-test"):
+        assert dead(policy, "windows") == dead(policy, "linux") == []
+    assert dead("pass-through-after-write", "hyper-v") == ["psfd-only"]
+    assert dead("hardware-test", "hyper-v") == []
+
+
+def test_two_policies_differ_in_a_program_that_both_answer_so() -> None:
+    one, other = PolicyMachine(BY_NAME["emulate"], KERNEL), PolicyMachine(BY_NAME["pass-through"], KERNEL)
+    found = policy_difference(one, other)
+    assert found is not None
+    assert len(found.program.operations) == 1
+    assert found.one[-1] != found.other[-1]
+    assert policy_difference(one, one, HOSTS[:1], most=1) is None
+    text = policy_text.compared(one.policy, other.policy, KERNEL, found, [one, other])
+    assert str(found.program) in " ".join(text.split())
+
+
+def test_only_emulation_by_the_guests_cpuid_makes_every_move_safe() -> None:
+    def moves(policy: str) -> list[tuple[str, str, Move]]:
+        return broken_moves(PolicyMachine(BY_NAME[policy], KERNEL), RULES["qemu"])
+
+    assert moves("emulate") == moves("emulate-guest") == []
+    found = moves("pass-through-after-write")
+    assert ("zen2-client", "dali") in [(source, target) for source, target, _ in found], "SSBD set by who has STIBP"
+    assert all(done.word == "refused" for *_, done in found)
+
+
+def test_the_tables_fit_a_mail() -> None:
+    asked = [PolicyMachine(policy, KERNEL) for policy in POLICIES]
+    names = [policy.name for policy in POLICIES]
+    costs = Costs(
+        2_000_000,
+        (Cost("nothing: the timing itself", 20, 18, 30),),
+        (("emulate", Cost("WRMSR", 2020, 1900, 3000), Cost("RDMSR", None)),),
+    )
+    for text in (policy_text.survival(asked[:3], names[:3]), policy_text.costs(costs), policy_text.catalogue(EXAMPLE)):
+        assert all(len(line) <= 75 for line in text.splitlines()), text
+    assert "1 % at 10,000 switches a second" in policy_text.costs(costs)
+    assert "RDMSR takes #GP" in policy_text.costs(costs)
+    assert switches_for_one_percent(costs, Cost("WRMSR", 10)) is None, "cheaper than the timing: nothing to say"
+
+
+# --- migrations -----------------------------------------------------------------------------------------------------
+
+ALL = Side(ALL_BITS, ALL_BITS, ALL_BITS, listed=True, offers=parse_profile("AMD_IBRS,AMD_STIBP,AMD_SSBD").mask)
+OLD = Side(0x7, 0x7, 0x7, listed=True, offers=parse_profile("AMD_IBRS,AMD_STIBP,AMD_SSBD").mask)
+NONE = Side(0, 0, 0, listed=False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "source", "target", "held", "wanted"),
+    [
+        ("kvm", ALL, OLD, 0x87, Move(refused=0x80)),
+        ("qemu", ALL, OLD, 0x87, Move(refused=0x80)),
+        ("qemu", ALL, NONE, 0x7, Move(lost=0x7)),
+        ("xen", ALL, OLD, 0x87, Move(lost=0x80)),
+        ("xen", NONE, OLD, 0x7, Move()),
+        ("firecracker", ALL, NONE, 0x0, Move(refuses_all=True)),
+        ("firecracker", ALL, OLD, 0x7, Move()),
+        ("cloud-hypervisor", ALL, OLD, 0x87, Move(lost=0x80)),
+        ("kvm", ALL, Side(0, ALL_BITS, 0x7, listed=True), 0x87, Move(lost=0x80)),
+    ],
+)
+def test_a_rule_moves(rule: str, source: Side, target: Side, held: int, wanted: Move) -> None:
+    assert RULES[rule].move(source, target, held) == wanted
+
+
+@given(
+    holds=st.integers(0, ALL_BITS), takes=st.integers(0, ALL_BITS), keeps=st.integers(0, ALL_BITS), listed=st.booleans()
+)
+@settings(max_examples=100, deadline=None)
+def test_nothing_is_both_refused_and_lost(holds: int, takes: int, keeps: int, listed: bool) -> None:
+    target = Side(0, takes, keeps, listed)
+    for rule in RULES.values():
+        done = rule.move(ALL, target, holds)
+        assert not done.refused & done.lost
+        assert not (done.refused | done.lost) & ~holds
+
+
+def test_the_smallest_change_that_makes_a_pool_safe() -> None:
+    ssbd_less = Side(0x3, 0x3, 0x3, listed=True, offers=parse_profile("AMD_IBRS,AMD_STIBP").mask)
+    found = mend([OLD, ssbd_less])
+    assert (found.keeps, str(Profile(found.hide))) == (0x3, "AMD_SSBD")
+    assert str(Profile(found.closes)) == "AMD_IBRS,AMD_STIBP,AMD_SSBD", "a guest that is let through sets what it likes"
+    alone = mend([OLD, OLD])
+    assert (alone.hide, alone.closes) == (0, 0)
+    assert mend([OLD, NONE]).keeps == 0
+
+
+def test_two_records_and_a_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migrate", str(METAL), str(GUEST)]) == 1
+    text = capsys.readouterr().out
+    assert "refused if it holds one of bits 1 (STIBP)" in text
+    assert all(len(line) <= 75 for line in text.splitlines())
+    for number in range(3):
+        (tmp_path / f"{number}.json").write_bytes(METAL.read_bytes())
+    assert main(["migrate", str(tmp_path)]) == 0
+    assert "3 records, 1 kinds of machine" in capsys.readouterr().out
+    (tmp_path / "old.json").write_bytes(GUEST.read_bytes())
+    assert main(["migrate", str(tmp_path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["kinds"]) == 2
+    assert any(one["rule"] == "qemu" and one["outcome"] == "refused" for one in said["moves"])
+    assert main(["migrate", str(METAL)]) == 2
+    assert main(["migrate", str(METAL), str(GUEST), "--rule", "nope"]) == 2
+    assert main(["migrate", str(METAL), str(tmp_path / "none.json")]) == 3
+
+
+def test_a_guest_of_both_kinds_of_record() -> None:
+    """What KVM lets guests hold against what a machine's own register takes."""
+    files = sorted(Path("results/debian-kernels-nested").glob("*.json"))
+    kvm = place_of(decode_kvm(files[0].read_bytes(), "x"), "kvm")
+    metal = place_of(decode(METAL.read_bytes(), "x"), "metal")
+    assert len(grouped([kvm, metal, kvm])) == 2
+    for rule in RULES.values():
+        assert move(rule, metal, metal).word == "works" or rule.name == "xen"
+        assert move(rule, metal, kvm).word in ("works", "lost", "refused")
+    assert "a guest may hold" in migrate_text.pair(metal, kvm)
+
+
+def test_named_profiles_have_policies_that_know_them() -> None:
+    assert {cpu.name for cpu in cpus()} < {named.name for named in NAMED}
+    assert all(policy.decide(IDEAL, EMPTY, VcpuState(), 0).fate in Fate for policy in POLICIES)
