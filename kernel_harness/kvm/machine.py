@@ -80,11 +80,11 @@ def ticking() -> Iterator[None]:
     a process's main thread.
     """
     before = signal.signal(signal.SIGALRM, _tick)
-    signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
+    timer = signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # one within another leaves the outer one ticking
         signal.signal(signal.SIGALRM, before)
 
 

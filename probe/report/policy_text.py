@@ -86,6 +86,12 @@ def costs(found: Costs) -> str:
     lines = [f"TSC cycles in the guest, TSC at {found.khz / 1e6:.3f} GHz; median (5 % .. 95 %)", ""]
     for cost in found.bare:
         lines.append(f"  {cost.what:<45}{_number(cost)}")
+    if (found.bare[0].median or 0) > 1000:
+        lines += paragraph(
+            "this KVM emulates the guest's code itself: differences between rows mean something, ratios do not",
+            "  ",
+            "  ",
+        )
     lines.append("")
     for name, write, read in found.policies:
         lines.append(f"  {name:<45}{_number(write)}")

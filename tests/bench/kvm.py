@@ -11,14 +11,18 @@ from pathlib import Path
 
 from kernel_harness.kvm import guest_code
 from kernel_harness.kvm.explore import explore
+from kernel_harness.kvm.guest_code import Step
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import first_writes, measure_host
+from kernel_harness.kvm.policed import Judge, PolicedLaboratory
 from kernel_harness.kvm.runner import Cpuids, Laboratory
 from kernel_harness.kvm.study import all_profiles, default_profiles
 from probe import kvm_record
+from probe.models.machine import SPEC_CTRL
 from probe.models.machines import MACHINES, get
 from probe.models.matrix import fit
-from probe.models.profile import NONE
+from probe.models.policy import BY_NAME
+from probe.models.profile import NONE, parse_profile
 from tests.bench.figures import figure, ratio
 
 HERE = Path(__file__).resolve().parent
@@ -80,8 +84,51 @@ def random_programs() -> None:
     figure("10,000 random programs of up to 12 steps", done.seconds * 10000 / max(done.programs, 1), 60, "s")
 
 
+def policy_path() -> None:
+    """Exits per second that a policy handles, in turn with a C program that makes the same ioctls."""
+    entries = 20
+    steps = [Step(guest_code.WRITE, SPEC_CTRL, number & 1) for number in range(1000)]
+    guest = parse_profile("AMD_IBRS")
+    with tempfile.TemporaryDirectory() as text, Kvm() as kvm, ticking():
+        folder = Path(text)
+        compiler = ["gcc", "-O2", "-Wall", "-o", str(folder / "policy"), str(HERE / "policy.c")]
+        subprocess.run(compiler, check=True)
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, 0)
+        (folder / "cpuid").write_bytes(bytes(cpuids.table(guest).buffer))
+        (folder / "guest").write_bytes(guest_code.CODE)
+        mine: list[float] = []
+        theirs: list[float] = []
+        for _ in range(PAIRS):
+            judge = Judge(BY_NAME["emulate-guest"])
+            with PolicedLaboratory(kvm, cpuids, judge, host) as laboratory:
+                vcpu = laboratory.vcpu(guest)
+                begin = time.monotonic()
+                for _ in range(entries):
+                    laboratory.guest(vcpu, steps)
+                mine.append(judge.asked / (time.monotonic() - begin))
+            assert judge.asked == entries * len(steps)
+            command = [str(folder / "policy"), str(folder / "guest"), str(folder / "cpuid"), str(entries)]
+            theirs.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    figure("exits that a policy handles / C loop", ratio(mine, theirs), 0.5, "x", at_least=True)
+
+
+def pool_of_records() -> None:
+    """`migrate` over a folder of 1,000 records, of both kinds."""
+    sources = [path.read_bytes() for path in sorted((TOP / "results").rglob("*.json"))]
+    with tempfile.TemporaryDirectory() as text:
+        for number in range(1000):
+            Path(text, f"{number:04}.json").write_bytes(sources[number % len(sources)])
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "probe", "migrate", text]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False, cwd=TOP)
+        figure("migrate over 1,000 records", time.monotonic() - begin, 5, "s")
+
+
 def kvm_figures() -> None:
     """All of them."""
     first_write_matrix()
     default_run()
     random_programs()
+    policy_path()
+    pool_of_records()

@@ -5,50 +5,11 @@
  *
  *     matrix GUEST CPUIDS    GUEST: the interpreter's code; CPUIDS: kvm_cpuid2 structures one after the other
  */
-#include <fcntl.h>
-#include <linux/kvm.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-
-#define CHECK(what) do { if (!(what)) { perror(#what); exit(1); } } while (0)
-
-struct row { uint8_t kind, faulted; uint16_t padding; uint32_t index, eax, edx; };
+#include "vm.h"
 
 static int kvm, vm, next;
 static uint8_t *low, *reset, guest[4096];
 static size_t guest_size;
-
-static void *load(const char *path, size_t *size)
-{
-	int file = open(path, O_RDONLY);
-	struct stat status;
-	void *data;
-
-	CHECK(file >= 0 && !fstat(file, &status));
-	data = malloc(status.st_size);
-	CHECK(read(file, data, status.st_size) == status.st_size);
-	close(file);
-	*size = status.st_size;
-	return data;
-}
-
-static void *memory(int slot, uint64_t address, size_t size)
-{
-	void *data = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	struct kvm_userspace_memory_region region = {
-		.slot = slot, .guest_phys_addr = address, .memory_size = size, .userspace_addr = (uintptr_t)data,
-	};
-
-	CHECK(data != MAP_FAILED && !ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
-	return data;
-}
 
 static int vcpu_with(struct kvm_cpuid2 *cpuid)
 {
@@ -106,8 +67,8 @@ int main(int argc, char **argv)
 		vm = ioctl(kvm, KVM_CREATE_VM, 0);
 		CHECK(vm >= 0 && !ioctl(vm, KVM_SET_IDENTITY_MAP_ADDR, &identity));
 		CHECK(!ioctl(vm, KVM_SET_TSS_ADDR, 0x40001000));
-		low = memory(0, 0, 0x10000);
-		reset = memory(1, 0xFFFFF000, 0x1000);
+		low = memory(vm, 0, 0, 0x10000);
+		reset = memory(vm, 1, 0xFFFFF000, 0x1000);
 		memcpy(reset + 0xFF0, "\xea\x00\x10\x00\x00", 5);
 		memcpy(low + 0x1000, guest, guest_size);
 		for (int bit = 0; bit < 64; bit++) {

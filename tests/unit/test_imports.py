@@ -33,6 +33,8 @@ PURE = (
     "probe.verdict",
     "probe.record",
     "probe.entries",
+    "probe.kvm_record",
+    "probe.pool",
     "probe.arguments",
     "probe.report",
 )

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""Policies and live migrations on the running kernel's own KVM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec import UNSET
+
+from kernel_harness.kvm import uapi
+from kernel_harness.kvm.commands import migrate_program, migrate_study, policy_costs
+from kernel_harness.kvm.explore import explore
+from kernel_harness.kvm.host import features
+from kernel_harness.kvm.machine import Kvm, ticking
+from kernel_harness.kvm.measure import measure, measure_host
+from kernel_harness.kvm.policed import Judge, PolicedLaboratory, maker
+from kernel_harness.kvm.policy_file import find
+from kernel_harness.kvm.runner import Cpuids, run_program
+from kernel_harness.kvm.study import kernel_model, study
+from probe import kvm_record
+from probe.errors import RequirementMissing, UsageError
+from probe.models.machine import Host, Machine
+from probe.models.matrix import fit
+from probe.models.policy import BY_NAME, POLICIES, Policy, PolicyMachine, complete
+from probe.models.profile import NAMED, parse_profile
+from probe.models.program import Word, format_answer, parse
+from probe.report import kvm_text, policy_text
+
+pytestmark = pytest.mark.kvm
+ROOT = Path(__file__).parents[2]
+PROFILES = [named.profile for named in NAMED]
+
+
+@pytest.fixture(scope="module")
+def kvm() -> Iterator[Kvm]:
+    with Kvm() as opened, ticking():
+        if not opened.check_extension(uapi.KVM_CAP_X86_MSR_FILTER):
+            pytest.skip("this KVM has no MSR filter: no policy can run")
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def cpuids(kvm: Kvm) -> Cpuids:
+    return Cpuids(kvm)
+
+
+@pytest.fixture(scope="module")
+def host(kvm: Kvm, cpuids: Cpuids) -> Host:
+    return measure_host(kvm, cpuids, features())
+
+
+@pytest.fixture(scope="module")
+def over(host: Host) -> Machine:
+    return kernel_model(host, "", None)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy.name))
+def test_a_policys_own_model_explains_the_kernel(
+    kvm: Kvm, cpuids: Cpuids, host: Host, over: Machine, policy: Policy
+) -> None:
+    """Matrix and random programs under the policy, every one of them."""
+    judge = Judge(policy)
+    machine = PolicyMachine(policy, over)
+    found = fit(machine, host, measure(PROFILES, lambda done, total: None, judge=judge, host=host))
+    assert found.explains, (dict(found.divergences), found.first)
+    done = explore(kvm, cpuids, [machine], host, most=150, seconds=120, seed_number=5, make=maker(judge, host))
+    assert done.divergence is None, (str(done.divergence.program), done.divergence.kernel, done.divergence.model)
+    assert not judge.complaints
+    assert policy.opens or judge.asked, "nothing that the policy was asked about proves nothing"
+
+
+def test_a_policy_is_obeyed_by_a_real_guest(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
+    """STIBP where the guest's CPUID has it, and nothing else; whatever KVM itself would say."""
+    text = "profile AMD_STIBP; guest-wr 0x48 0x2; guest-wr 0x48 0x1; guest-wr 0x48 0x0; host-set 0x48 0x4"
+    said = run_program(kvm, cpuids, parse(text)[0], maker(Judge(BY_NAME["emulate-guest"]), host))
+    assert [format_answer(one) for one in said] == ["ok", "gp", "ok", "refused"]
+
+
+def test_a_policy_that_answers_reads_too(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
+    text = "profile AMD_STIBP; guest-wr 0x48 0x2; guest-rd 0x48; host-get 0x48; deny 0x48 rd; guest-rd 0x48"
+    said = run_program(kvm, cpuids, parse(text)[0], maker(Judge(BY_NAME["forced-shadow"]), host))
+    assert said[:3] == [Word.OK, 0x2, 0x2]
+    assert said[-1] is Word.GP
+
+
+def test_a_policy_that_raises_costs_its_own_writes_and_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def decide(host, guest, vcpu, value):\n    raise OSError(value)\n")
+    record = study([parse_profile("AMD_IBRS")], arguments=[], policy=find(str(path)))
+    assert record.policy is not UNSET
+    assert all(what.startswith("raised OSError") for what in record.policy.complaints)
+    assert kvm_record.complaints(record)
+    assert "such a write took #GP" in " ".join(kvm_text.render(record).split())
+    done = subprocess.run(
+        [sys.executable, "-m", "probe", "kvm", "policy", str(path), "--profile", "AMD_IBRS", "--record", "-"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+
+
+def test_a_policy_that_loops_does_not_hang(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
+    def decide(*given: object) -> object:
+        while True:
+            pass
+
+    judge = Judge(Policy("loops", "", "", decide))  # type: ignore[arg-type]
+    text = "profile AMD_IBRS; " + "; ".join(f"guest-wr 0x48 {1 << bit:#x}" for bit in range(20))
+    assert set(run_program(kvm, cpuids, parse(text)[0], maker(judge, host))) == {Word.GP}
+    assert any("was not asked any more" in one for one in judge.complaints)
+
+
+def test_the_record_of_a_policy(tmp_path: Path) -> None:
+    record = study(PROFILES[:4], arguments=["kvm", "policy", "emulate"], policy=BY_NAME["emulate"], programs=40)
+    again = kvm_record.decode(kvm_record.encode(record), "x")
+    assert again.policy is not UNSET
+    assert again.explained_by[0] == f"emulate over {again.policy.over}" or kvm_record.as_predicted(again)
+    assert kvm_record.as_predicted(again)
+    report = kvm_text.render(again)
+    assert "under policy emulate" in report
+    assert all(len(line) <= 75 for line in report.splitlines())
+
+
+def test_without_exits_to_userspace_there_is_no_policy(cpuids: Cpuids, host: Host) -> None:
+    class Old(Kvm):
+        def check_extension(self, cap: int) -> int:
+            return 0 if cap == uapi.KVM_CAP_X86_USER_SPACE_MSR else super().check_extension(cap)
+
+    with Old() as old, pytest.raises(RequirementMissing, match=r"KVM_CAP_X86_USER_SPACE_MSR.*v5\.10"):
+        PolicedLaboratory(old, cpuids, Judge(BY_NAME["emulate"]), host)
+
+
+def test_costs_are_those_of_exits(kvm: Kvm) -> None:
+    costs = policy_costs([BY_NAME["emulate-guest"]], lambda done, total: None)
+    nothing, to_kvm, to_us = (cost.median for cost in costs.bare)
+    assert nothing is not None
+    assert to_kvm is not None
+    assert to_us is not None
+    assert nothing < to_kvm < to_us
+    name, write, _ = costs.policies[-1]
+    assert name == "emulate-guest"
+    assert write.median is not None
+    assert write.median > to_us, "each write of the guest comes to us"
+    assert costs.khz > 100_000
+    assert all(len(line) <= 75 for line in policy_text.costs(costs).splitlines())
+
+
+# --- migration -------------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_moves() -> None:
+    text = "profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3; guest-rd 0x48"
+    emulate, old = BY_NAME["forced-shadow"], BY_NAME["kvm-5.6-mask"]
+    works = migrate_program(text, source=emulate, target=emulate, profile=None, rule="kvm")
+    assert works.as_expected
+    assert "it reads 0x3: works" in works.text
+    refused = migrate_program(text, source=emulate, target=old, profile="empty", rule="kvm")
+    assert not refused.as_expected
+    assert "refuses it" in refused.text
+    lost = migrate_program(text, source=emulate, target=old, profile="empty", rule="cloud-hypervisor")
+    assert "lost" in lost.text
+    with pytest.raises(UsageError, match="no rule is called"):
+        migrate_program(text, source=None, target=None, profile=None, rule="vmware")
+
+
+def test_the_destination_may_change_what_it_takes() -> None:
+    def decide(host: object, guest: object, vcpu: object, value: int) -> object:
+        return complete(value & 0x1)
+
+    text = "profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3"
+    target = Policy("clears", "", "", decide, reads=True)  # type: ignore[arg-type]
+    moved = migrate_program(text, source=BY_NAME["forced-shadow"], target=target, profile=None, rule="kvm")
+    assert "it reads 0x1: changed" in moved.text
+
+
+def test_the_study_of_the_thread_has_every_policy() -> None:
+    text = migrate_study("kvm").text
+    for policy in POLICIES:
+        assert f"\n{policy.name} " in text
+    line = next(line for line in text.splitlines() if line.startswith("hardware-test"))
+    assert line.split()[-1] == "refused", "what the rule of 2020 does not know"
