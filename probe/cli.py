@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from probe.arguments import make_parser
-from probe.errors import ExitCode, ProbeError, RequirementMissing, UsageError
+from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, UsageError
 from probe.masks import format_list
 
 if TYPE_CHECKING:
@@ -461,7 +461,7 @@ def _kvm(arguments: argparse.Namespace) -> int:
 def _kvm_policy(arguments: argparse.Namespace) -> int:
     """List policies, compare two, or tell what they break and cost."""
     from kernel_harness.kvm import policy_file
-    from kernel_harness.kvm.commands import policy_costs
+    from kernel_harness.kvm.commands import judged, policy_costs
     from probe.models import machines
     from probe.models.difference import policy_difference
     from probe.models.migration import BY_NAME
@@ -473,21 +473,35 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         if not chosen:
             raise UsageError("--compare wants a policy to compare with", "kvm policy NAME --compare OTHER")
-        one, other = PolicyMachine(chosen[0], over), PolicyMachine(policy_file.find(arguments.compare), over)
-        found = policy_difference(one, other)
-        sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, [one, other]))
-        return int(ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
+        with judged([*chosen, policy_file.find(arguments.compare)]) as (both, complaints):
+            one, other = (PolicyMachine(policy, over) for policy in both)
+            found = policy_difference(one, other)
+            sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, [one, other]))
+        return _policy_code(complaints(), ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
     if not (arguments.cost or arguments.table):
         sys.stdout.write(policy_text.catalogue(policy_file.EXAMPLE))
         return int(ExitCode.AS_PREDICTED)
     policies = chosen or list(POLICIES)
+    told: list[str] = []
     if arguments.table:
-        asked = [PolicyMachine(policy, over) for policy in policies]
-        names = [policy.name for policy in policies]
-        sys.stdout.write(policy_text.survival(asked, names) + "\n")
-        sys.stdout.write(policy_text.moves(asked, names, BY_NAME["qemu"]) + "\n")
-    sys.stdout.write(policy_text.costs(policy_costs(policies, _Progress("policies"))))
-    return int(ExitCode.AS_PREDICTED)
+        with judged(policies) as (asked_policies, complaints):
+            asked = [PolicyMachine(policy, over) for policy in asked_policies]
+            names = [policy.name for policy in policies]
+            sys.stdout.write(policy_text.survival(asked, names) + "\n")
+            sys.stdout.write(policy_text.moves(asked, names, BY_NAME["qemu"]))
+        told = complaints()
+    if arguments.cost:
+        costs, more = policy_costs(policies, _Progress("policies"))
+        sys.stdout.write(policy_text.costs(costs))
+        told += more
+    return _policy_code(told, ExitCode.AS_PREDICTED)
+
+
+def _policy_code(complaints: Sequence[str], otherwise: ExitCode) -> int:
+    """Say what policies did that is no decision; the exit code is that of a failure then."""
+    for complaint in complaints:
+        _say(f"spec-ctrl-probe: {complaint}")
+    return int(ExitCode.FAILED if complaints else otherwise)
 
 
 def _kvm_migrate(arguments: argparse.Namespace) -> int:
@@ -506,7 +520,7 @@ def _kvm_migrate(arguments: argparse.Namespace) -> int:
             rule=arguments.rule,
         )
     sys.stdout.write(outcome.text)
-    return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+    return _policy_code(outcome.complaints, ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
@@ -518,11 +532,17 @@ def _migrate(arguments: argparse.Namespace) -> int:
     if arguments.rule not in BY_NAME:
         raise UsageError(f"no rule is called {arguments.rule!r}", f"one of: {', '.join(BY_NAME)}")
     paths = [Path(path) for path in arguments.records]
-    if len(paths) == 1 and paths[0].is_dir():
-        paths = sorted(paths[0].rglob("*.json"))
-    if len(paths) < 2:
+    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+    places = []
+    for path in sorted(folder.rglob("*.json")) if folder else paths:
+        try:
+            places.append(place_of(store.read_any(path), str(path.relative_to(folder)) if folder else path.name))
+        except RecordError as error:
+            if folder is None:
+                raise
+            _say(f"left out: {error}")
+    if len(places) < 2:
         raise UsageError("a migration needs two records", "give two records, or a folder that holds some")
-    places = [place_of(store.read_any(path), path.name) for path in paths]
     groups = grouped(places)
     if arguments.json:
         sys.stdout.write(migrate_text.as_json(groups))

@@ -12,8 +12,8 @@ from msgspec import UNSET
 from probe import entries, kvm_record
 from probe import record as rec
 from probe.errors import RecordError
-from probe.masks import ALL_BITS
-from probe.models.migration import Move, Rule, Side
+from probe.masks import ALL_BITS, hex64
+from probe.models.migration import Mend, Move, Rule, Side, mend
 from probe.models.profile import Profile, parse_profile, profile_of
 from probe.models.what_if import offered
 
@@ -35,14 +35,12 @@ class Place:
         return tuple(sorted(self.sides.items(), key=lambda item: item[0]))
 
     @property
-    def side(self) -> Side:
-        """The place for a guest of any CPUID: it may hold what one guest may, and counts on what all may restore."""
-        sides = list(self.sides.values())
-        holds = takes = keeps = 0
-        takes = keeps = ALL_BITS
-        for side in sides:
-            holds, takes, keeps = holds | side.holds, takes & side.takes, keeps & side.keeps
-        return Side(holds, takes, keeps, sides[0].listed, sides[0].offers)
+    def holds(self) -> int:
+        """The bits that a guest of some CPUID may hold here."""
+        held = 0
+        for side in self.sides.values():
+            held |= side.holds
+        return held
 
 
 def place_of(record: AnyRecord, name: str) -> Place:
@@ -62,9 +60,10 @@ def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
         sides[kvm_record.profile_name(row.profile)] = Side(
             holds=cells["guest_first"] & cells["guest_first_kept"] | let_through,
             takes=cells["host_first"],
-            keeps=cells["host_first_kept"],
+            keeps=cells["host_first_seen"] if cells["guest_read"] else cells["host_first_kept"],
             listed=record.kvm.in_msr_index_list,
             offers=offers,
+            guest=row.profile.mask,
         )
     if not sides:
         raise RecordError(f"{name} holds no row", "measure it again: spec-ctrl-probe kvm")
@@ -77,17 +76,23 @@ def _of_run(record: rec.Record, name: str) -> Place:
     """A machine's own register, as KVM from v5.9 on gives it to guests: the hardware alone decides."""
     holds = 0
     takes = keeps = ALL_BITS
+    walked = False
     for entry in record.observations:
         seen = rec.observation_of(entry.outcomes)
+        if not seen.accepted | seen.fault and not entry.absent_because:  # a CPU that was gone says nothing
+            continue
+        if seen.refused:
+            raise RecordError(f"{name} has no answer for bits {hex64(seen.refused)}", "walk it again")
+        walked = True
         holds |= seen.retained
         takes &= seen.accepted
         keeps &= seen.retained
-    if not record.observations:
+    if not walked:
         raise RecordError(f"{name} holds no walk: nothing was written", "measure it: spec-ctrl-probe run")
     cpuid = record.cpuid.groups if record.predicted_from is UNSET else record.predicted_from.groups
     cpus = entries.cpuid_of_groups(cpuid)
     features = profile_of(cpus[min(cpus)]).mask
-    side = Side(holds, takes, keeps, listed=takes != 0, offers=offered(features))
+    side = Side(holds, takes, keeps, listed=takes != 0, offers=offered(features), guest=offered(features))
     return Place(name, f"{_machine(record)}, its own register", {ANY: side})
 
 
@@ -95,18 +100,44 @@ def _machine(record: AnyRecord) -> str:
     return f"{record.kernel.release}, {record.machine.brand or record.machine.vendor}"
 
 
-def move(rule: Rule, source: Place, target: Place, limit: int = ALL_BITS) -> Move:
-    """Move every guest that both places know; limit is the mask of the bits that guests set at most."""
+def pairs(source: Place, target: Place) -> list[tuple[Side, Side]]:
+    """Return what there is to compare: the sides of the guest profiles that both places know.
+
+    A machine's own register stands for every profile. Raise RecordError if there is no profile in common.
+    """
+    if ANY in source.sides and ANY in target.sides:
+        return [(source.sides[ANY], target.sides[ANY])]
+    if ANY in source.sides:
+        return [(source.sides[ANY], side) for side in target.sides.values()]
+    if ANY in target.sides:
+        return [(side, target.sides[ANY]) for side in source.sides.values()]
+    common = [name for name in source.sides if name in target.sides]
+    if not common:
+        raise RecordError(
+            f"{source.name} and {target.name} have no guest profile in common", "measure both with the same --profile"
+        )
+    return [(source.sides[name], target.sides[name]) for name in common]
+
+
+def move(rule: Rule, source: Place, target: Place) -> Move:
+    """Move every guest that both places know; raise as pairs() does."""
     refused = lost = 0
     refuses_all = False
-    for name in source.sides:
-        from_side = source.sides[name]
-        to_side = target.sides.get(name) or target.sides.get(ANY)
-        if to_side is None and ANY not in source.sides:
-            continue
-        done = rule.move(from_side, to_side or target.side, from_side.holds & limit)
+    for side, other in pairs(source, target):
+        done = rule.move(side, other, side.holds)
         refused, lost, refuses_all = refused | done.refused, lost | done.lost, refuses_all or done.refuses_all
-    return Move(refused, lost & ~refused, refuses_all)
+    return Move(refused, lost, refuses_all)
+
+
+def mended(places: Sequence[Place]) -> Mend:
+    """Find what guests of a pool must not have, profile by profile; what is found for each is put together."""
+    names = [set(place.sides) for place in places if ANY not in place.sides]
+    common = sorted(set.intersection(*names)) if names else [ANY]
+    found = [mend([place.sides.get(name) or place.sides[ANY] for place in places]) for name in common]
+    keeps, hide, closes = ALL_BITS, 0, 0
+    for one in found:
+        keeps, hide, closes = keeps & one.keeps, hide | one.hide, closes | one.closes
+    return Mend(keeps if found else 0, hide, closes)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kernel_harness.kvm.cost import measure_costs
@@ -11,6 +13,7 @@ from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure_host
 from kernel_harness.kvm.migrate import STUDY, STUDY_TO, Moved, move
+from kernel_harness.kvm.policed import Judge
 from kernel_harness.kvm.runner import Cpuids, run_program
 from probe.errors import RequirementMissing
 from probe.models import machines
@@ -27,6 +30,7 @@ class Outcome:
 
     text: str
     as_expected: bool
+    complaints: tuple[str, ...] = ()
 
 
 def replay(text: str, model: str = "") -> Outcome:
@@ -96,11 +100,29 @@ def explore_model(
     return Outcome("\n".join(lines) + "\n", False)
 
 
-def policy_costs(policies: Sequence[Policy], progress: Callable[[int, int], None]) -> Costs:
-    """Measure what accesses cost a guest under each policy, on this host."""
+@contextlib.contextmanager
+def judged(policies: Sequence[Policy]) -> Iterator[tuple[list[Policy], Callable[[], list[str]]]]:
+    """Give policies that may raise, loop, or answer nonsense, and what tells afterwards what they did."""
+    judges = [Judge(policy) for policy in policies]
+    with ticking():
+        yield (
+            [dataclasses.replace(policy, decide=judge) for policy, judge in zip(policies, judges)],
+            lambda: [text for judge in judges for text in complaints_of(judge)],
+        )
+
+
+def complaints_of(judge: Judge) -> list[str]:
+    """Return what a policy did that is no decision, a line each."""
+    return [f"policy {judge.policy.name} {what}: {count} times" for what, count in judge.complaints.items()]
+
+
+def policy_costs(policies: Sequence[Policy], progress: Callable[[int, int], None]) -> tuple[Costs, list[str]]:
+    """Measure what accesses cost a guest under each policy, on this host; and tell what policies did wrong."""
     with Kvm() as kvm, ticking():
         host = measure_host(kvm, Cpuids(kvm), features())
-    return measure_costs(policies, host, progress)
+    judges = [Judge(policy) for policy in policies]
+    costs = measure_costs(judges, host, progress)
+    return costs, [text for judge in judges for text in complaints_of(judge)]
 
 
 def migrate_program(
@@ -112,9 +134,11 @@ def migrate_program(
         cpuids = Cpuids(kvm)
         host = measure_host(kvm, cpuids, features())
         there = parse_profile(profile) if profile else None
-        moved = move(kvm, cpuids, host, program, source=source, target=target, profile=there, rule=rule)
+        judges = [Judge(policy) if policy else None for policy in (source, target)]
+        moved = move(kvm, cpuids, host, program, source=judges[0], target=judges[1], profile=there, rule=rule)
     lines = [written(program, moved.answers, between="\n"), *_moved_lines(moved)]
-    return Outcome("\n".join(lines) + "\n", moved.outcome == "works")
+    told = tuple(text for judge in judges if judge for text in complaints_of(judge))
+    return Outcome("\n".join(lines) + "\n", moved.outcome == "works", told)
 
 
 def _moved_lines(moved: Moved) -> list[str]:
@@ -136,16 +160,17 @@ def migrate_study(rule: str) -> Outcome:
     To a destination with the same policy, and to one with the rule of 2020. Always as expected: it is a demonstration.
     """
     lines = [f"the guest: {STUDY}", f"restored by the rule of {rule}", ""]
-    lines.append(f"{'policy of the source':<26}{'its writes':<12}{'to the same':<14}to {STUDY_TO.name}")
+    lines.append(f"{'policy of the source':<26}{'its writes':<12}{'reads':<8}{'to the same':<14}to {STUDY_TO.name}")
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
         host = measure_host(kvm, cpuids, features())
         for policy in (None, *POLICIES):
-            same = move(kvm, cpuids, host, STUDY, source=policy, target=policy, rule=rule)
-            old = move(kvm, cpuids, host, STUDY, source=policy, target=STUDY_TO, rule=rule)
+            mine, its = (Judge(policy), Judge(policy)) if policy else (None, None)
+            same = move(kvm, cpuids, host, STUDY, source=mine, target=its, rule=rule)
+            old = move(kvm, cpuids, host, STUDY, source=mine, target=Judge(STUDY_TO), rule=rule)
             name = policy.name if policy else "KVM alone"
             wrote = " ".join(format_answer(answer) for answer in same.answers)
-            lines.append(f"{name:<26}{wrote:<12}{same.outcome:<14}{old.outcome}")
+            lines.append(f"{name:<26}{wrote:<12}{_hex(same.before):<8}{same.outcome:<14}{old.outcome}")
     return Outcome("\n".join(lines) + "\n", True)
 
 

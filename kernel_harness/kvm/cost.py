@@ -17,7 +17,7 @@ from kernel_harness.kvm.policed import Judge, PolicedLaboratory
 from kernel_harness.kvm.runner import Cpuids, Laboratory
 from probe.models.cost import Cost, Costs
 from probe.models.machine import SPEC_CTRL, Host
-from probe.models.policy import Policy, has_register
+from probe.models.policy import has_register
 from probe.models.profile import Profile, parse_profile
 
 SAMPLES = 400
@@ -45,9 +45,9 @@ def guest_for(host: Host) -> Profile:
 
 
 def measure_costs(
-    policies: Sequence[Policy], host: Host, progress: Callable[[int, int], None] = lambda done, total: None
+    judges: Sequence[Judge], host: Host, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Costs:
-    """Measure all in one run, on fresh vCPUs; a policy's first write is one of a bit, so that it may let through."""
+    """Measure all in one run, on fresh vCPUs; every bit is tried first, so that a policy may let the guest through."""
     guest = guest_for(host)
     opener = host.hardware.tested & -host.hardware.tested
     found: list[tuple[str, Cost, Cost]] = []
@@ -65,13 +65,14 @@ def measure_costs(
             vcpu = plain.vcpu(guest)
             if opener and plain.host_set(vcpu, SPEC_CTRL, opener):
                 found.append(_pair(plain, vcpu, "KVM alone, after it"))
-        for number, policy in enumerate(policies):
-            progress(number, len(policies))
-            with PolicedLaboratory(kvm, cpuids, Judge(policy), host) as laboratory:
+        for number, judge in enumerate(judges):
+            progress(number, len(judges))
+            with PolicedLaboratory(kvm, cpuids, judge, host) as laboratory:
                 vcpu = laboratory.vcpu(guest)
-                laboratory.guest(vcpu, [Step(guest_code.WRITE, SPEC_CTRL, opener)])
-                found.append(_pair(laboratory, vcpu, policy.name))
-        progress(len(policies), len(policies))
+                tries = [Step(guest_code.WRITE, SPEC_CTRL, 1 << bit) for bit in range(64)]
+                took = not all(result.faulted for result in laboratory.guest(vcpu, tries))
+                found.append(_pair(laboratory, vcpu, judge.policy.name + ("" if took else ", which took no bit here")))
+        progress(len(judges), len(judges))
     return Costs(khz, tuple(bare), tuple(found))
 
 

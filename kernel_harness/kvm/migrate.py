@@ -17,7 +17,7 @@ from kernel_harness.kvm.runner import Cpuids, Laboratory, check_program, needs_i
 from probe.errors import UsageError
 from probe.models.machine import SPEC_CTRL, Host
 from probe.models.peer_machines import xen_bits
-from probe.models.policy import BY_NAME, Policy
+from probe.models.policy import BY_NAME
 from probe.models.profile import Profile
 from probe.models.program import Answer, Program, parse
 
@@ -34,7 +34,7 @@ class Moved:
     """What became of one guest.
 
     answers: to its program on the source. before and after: what the guest reads, None if it takes #GP. saved: what was
-    sent, None if nothing. outcome: "works", "refused", "lost" or "changed".
+    sent, None if nothing. outcome: "works", "refused", "lost", "changed", or "unreadable" if the guest could read it.
     """
 
     answers: tuple[Answer, ...]
@@ -44,10 +44,10 @@ class Moved:
     outcome: str
 
 
-def _make(kvm: Kvm, cpuids: Cpuids, policy: Policy | None, host: Host, irqchip: bool) -> Laboratory:
-    if policy is None:
+def _make(kvm: Kvm, cpuids: Cpuids, judge: Judge | None, host: Host, irqchip: bool) -> Laboratory:
+    if judge is None:
         return Laboratory(kvm, cpuids, irqchip=irqchip)
-    return PolicedLaboratory(kvm, cpuids, Judge(policy), host, irqchip=irqchip)
+    return PolicedLaboratory(kvm, cpuids, judge, host, irqchip=irqchip)
 
 
 def _read(laboratory: Laboratory, vcpu: Vcpu) -> int | None:
@@ -61,8 +61,8 @@ def move(
     host: Host,
     program: Program,
     *,
-    source: Policy | None = None,
-    target: Policy | None = None,
+    source: Judge | None = None,
+    target: Judge | None = None,
     profile: Profile | None = None,
     rule: str = "kvm",
 ) -> Moved:
@@ -83,8 +83,6 @@ def move(
     with _make(kvm, cpuids, target, host, False) as there:
         vcpu = there.vcpu(profile or program.profile)
         took = saved is None or there.host_set(vcpu, SPEC_CTRL, saved)
-        if rule == "firecracker" and not listed:
-            took = False
         if not took and rule != "cloud-hypervisor":
             return Moved(answers, before, saved, None, "refused")
         after = _read(there, vcpu)
@@ -93,7 +91,7 @@ def move(
 
 def _sent(rule: str, held: int | None, listed: bool, profile: Profile) -> int | None:
     """Return what a VMM sends of the register; None: nothing."""
-    if held is None or (rule == "qemu" and (not listed or held == 0)):
+    if held is None or (rule == "qemu" and (not listed or held == 0)) or (rule == "firecracker" and not listed):
         return None
     if rule == "xen":
         return held & (xen_bits(profile) or 0)
@@ -101,6 +99,8 @@ def _sent(rule: str, held: int | None, listed: bool, profile: Profile) -> int | 
 
 
 def _outcome(before: int | None, after: int | None, held: int | None) -> str:
+    if before is not None and after is None:
+        return "unreadable"
     seen = held or 0 if before is None else before
     now = after or 0
     if seen == now:

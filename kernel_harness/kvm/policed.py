@@ -61,7 +61,7 @@ class Judge:
             self._loops += 1
             more = ", and was not asked any more" if self._loops >= _MOST_LOOPS else ""
             return self._complain(f"took longer than {_DECIDE_SECONDS:g} s{more}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = type(error).__name__  # one line for each kind: the text may differ with every value
             return self._complain(self._raised.setdefault(name, f"raised {name} ({error!s:.60})"))
         if not isinstance(decision, Decision) or not isinstance(decision.fate, Fate):
@@ -160,7 +160,9 @@ class PolicedLaboratory(Laboratory):
     def saved_value(self, vcpu: Vcpu) -> int | None:
         """Return what a VMM saves: what it knows itself, until the policy has let go."""
         known = self._known[vcpu]
-        return super().saved_value(vcpu) if self._policy.opens or known.through else known.state.shadow
+        if self._policy.opens or known.through:
+            return super().saved_value(vcpu)
+        return known.state.shadow if self._policy.reads else known.state.value
 
     def _write(self, vcpu: Vcpu, known: _Known, value: int, *, by_host: bool) -> bool:
         """Ask about one write and carry the decision out; tell whether it succeeds."""

@@ -46,7 +46,7 @@ def find(name: str) -> Policy:
             exec(code, scope)
     except TimeoutError:
         raise UsageError(f"the policy {name} does not come to an end when it is loaded", "it loops") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"the policy {name} raises when it is loaded: {type(error).__name__}: {error}") from error
     decide = scope.get("decide")
     if not callable(decide):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What operating systems do with IA32_SPEC_CTRL, as writes: whether a guest lives under a rule. Pure.
 
-A system that takes #GP on a write of its CPUID's own promise does not come up: Linux oopses in its boot code, Windows
-stops with a bug check. Each behaviour is the list of accesses that it makes with a given CPUID, in order.
+Windows stops with a bug check when such a write takes #GP, and so does a hypervisor; Linux warns ("unchecked MSR access
+error: WRMSR to 0x48") and runs on, without the mitigation. Each behaviour is the list of accesses that a system makes
+with a given CPUID, in order.
 """
 
 from __future__ import annotations
@@ -22,23 +23,29 @@ from probe.models.what_if import offered
 from probe.registers import IBRS, SSBD, STIBP
 
 _ANY = mask_of_features((f.SPEC_CTRL, f.INTEL_STIBP, f.SPEC_CTRL_SSBD, f.AMD_IBRS, f.AMD_STIBP, f.AMD_SSBD))
+_LINUX = mask_of_features((f.SPEC_CTRL, f.AMD_IBRS, f.AMD_STIBP, f.AMD_SSBD))  # X86_FEATURE_MSR_SPEC_CTRL
 _STIBP = mask_of_features((f.INTEL_STIBP, f.AMD_STIBP))
 _PSFD = mask_of_features((f.AMD_PSFD,))
+_SPEC_CTRL = mask_of_features((f.SPEC_CTRL,))
 
 
 @dataclass(frozen=True)
 class System:
-    """An operating system as far as this register goes; accesses returns nothing if it leaves the register alone."""
+    """An operating system as far as this register goes; accesses returns nothing if it leaves the register alone.
+
+    fate: what becomes of it if one takes #GP.
+    """
 
     name: str
     title: str
     source: str
     accesses: Callable[[Profile], tuple[Operation, ...]]
+    fate: str = "dies"
 
 
 def _linux(guest: Profile) -> tuple[Operation, ...]:
-    """Read the base value; set what the mitigations want, each bit that CPUID enumerates; context switches clear it."""
-    if not guest.mask & _ANY:
+    """Read the base value; set what mitigations may want, each bit that CPUID enumerates; context switches clear it."""
+    if not guest.mask & _LINUX:
         return ()
     has = enumerated(guest.mask)
     base = has & STIBP
@@ -60,9 +67,10 @@ def _hyperv(guest: Profile) -> tuple[Operation, ...]:
 SYSTEMS: tuple[System, ...] = (
     System(
         "linux",
-        "a Linux guest with STIBP, SSBD and IBRS as its CPUID has them",
-        "linux v7.2.13 arch/x86/kernel/cpu/bugs.c, cpu_select_mitigations(), spectre_v2_user_update_mitigation()",
+        "a Linux guest with STIBP, SSBD and IBRS as its CPUID has them: warns, and runs without the mitigation",
+        "linux v7.2.13 arch/x86/kernel/cpu/bugs.c, cpu/common.c, init_speculation_control(); asm/msr.h, EX_TYPE_WRMSR",
         _linux,
+        "warns",
     ),
     System(
         "windows",
@@ -92,9 +100,13 @@ class Cpu:
 
     @property
     def host(self) -> Host:
-        """The host whose register takes what its CPUID enumerates, as the vendor's documents promise."""
+        """The host whose register takes what its CPUID enumerates, as the vendors' documents promise.
+
+        And STIBP wherever Intel's IBRS is, where it does not fault but need not be kept (SDM vol. 4, table 2-2, 48H).
+        """
         bits = enumerated(self.features)
-        hardware = Hardware(exists=bool(bits), tested=bits, valid=bits, keep=bits)
+        taken = bits | (STIBP if self.features & _SPEC_CTRL else 0)
+        hardware = Hardware(exists=bool(bits), tested=taken, valid=taken, keep=bits)
         return Host(hardware, self.features, offered(self.features))
 
 
@@ -108,7 +120,7 @@ def cpus() -> list[Cpu]:
 
 
 def breaks(machine: Machine | Stepping, cpu: Cpu, system: System) -> Program | None:
-    """Return the program up to the access on which the guest dies; None if it lives, or leaves the register alone."""
+    """Return the program up to the access that takes #GP; None if none does, or the register is left alone."""
     operations = system.accesses(cpu.guest)
     for number, answer in enumerate(answers(machine, Program(cpu.guest, operations), cpu.host)):
         if answer is Word.GP:
@@ -125,14 +137,15 @@ def side_of(machine: Machine | Stepping, host: Host, guest: Profile) -> Side:
     first = after = takes = keeps = 0
     for value in (1 << bit for bit in range(64)):
         wrote, _, saved = last(guest_wr(value), guest_rd(), host_get())
-        restored, kept = last(host_set(value), host_get())
+        restored, seen, stored = last(host_set(value), guest_rd(), host_get())
+        kept = stored if seen is Word.GP else seen  # a value may be stored and never loaded
         first |= value if wrote is Word.OK and saved == value else 0
         takes |= value if restored is Word.OK else 0
         keeps |= value if restored is Word.OK and kept == value else 0
     opener = first & -first
     for value in (1 << bit for bit in range(64) if opener):
         after |= value if last(guest_wr(opener), guest_wr(value), guest_rd(), host_get())[-1] == value else 0
-    return Side(first | after, takes, keeps, listed=host.hardware.exists, offers=guest.mask)
+    return Side(first | after, takes, keeps, listed=host.hardware.exists, offers=guest.mask, guest=guest.mask)
 
 
 def broken_moves(machine: Machine | Stepping, rule: Rule) -> list[tuple[str, str, Move]]:

@@ -248,11 +248,12 @@ class KvmMachine:
         """Clear the stored value, as the vCPU enters; whether that intercepts again depends on the era.
 
         What a host with V_SPEC_CTRL has in the VMCB stays: svm_vcpu_reset() clears svm->spec_ctrl, which is not used
-        there (linux v6.1 to v7.2 arch/x86/kvm/svm/svm.c).
+        there (linux v6.1 to v7.2 arch/x86/kvm/svm/svm.c). What INIT asks to be decided anew is decided in the entry
+        that takes it (random programs on Debian's 7.2.13 showed it).
         """
         state = self.enter(state)
         if self._is_virtual(state.host):
-            return self._recomputed(state)
+            return self.enter(self._recomputed(state))
         return replace(state, value=0, direct=state.direct and not self.init_intercepts)
 
     def beside(self, profile: Profile, host: Host) -> Mapping[str, tuple[int, int]]:

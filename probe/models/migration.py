@@ -22,7 +22,8 @@ class Side:
 
     holds: the bits that a guest may come to hold here, whatever its CPUID. takes: the bits that a restore
     (KVM_SET_MSRS) may have. keeps: of these, what is still there afterwards. listed: the register is in
-    KVM_GET_MSR_INDEX_LIST, by which QEMU decides. offers: what KVM gives guests, a mask over profile.FEATURES.
+    KVM_GET_MSR_INDEX_LIST, by which QEMU decides. offers: what KVM gives guests, guest: what this one has, masks over
+    profile.FEATURES.
     """
 
     holds: int
@@ -30,6 +31,7 @@ class Side:
     keeps: int
     listed: bool
     offers: int = 0
+    guest: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,23 @@ def _qemu(source: Side, target: Side, held: int) -> Move:
 
 
 def _xen(source: Side, target: Side, held: int) -> Move:
-    """Clamp on the source to what the guest's policy has; a guest without the register has nothing to lose."""
-    allowed = xen_bits(Profile(source.offers))
-    return Move() if allowed is None else Move(lost=held & ~allowed)
+    """Clamp on the source to what the guest's policy has (nothing, if it has no such register), then as KVM alone."""
+    allowed = xen_bits(Profile(source.guest)) or 0
+    there = _kvm(source, target, held & allowed)
+    return Move(refused=there.refused, lost=held & ~allowed | there.lost)
 
 
 def _firecracker(source: Side, target: Side, held: int) -> Move:
+    if not source.listed:  # it saves what is listed
+        return Move(lost=held)
     return Move(refused=held, refuses_all=True) if not target.listed else _kvm(source, target, held)
 
 
 def _cloud_hypervisor(source: Side, target: Side, held: int) -> Move:
-    return Move(lost=held & ~(target.takes & target.keeps) if target.listed else held)
+    """One bit that is refused leaves the whole value out, the bits that would have been taken with it."""
+    if not target.listed or held & ~target.takes:
+        return Move(lost=held)
+    return Move(lost=held & ~target.keeps)
 
 
 RULES: tuple[Rule, ...] = (

@@ -190,7 +190,7 @@ POLICIES: tuple[Policy, ...] = (
     ),
     Policy(
         "pass-through-after-write",
-        "as KVM does: hardware test, let through after the first value that is not 0",
+        "as KVM from v5.11 to v6.13: hardware test, let through after the first value that is not 0",
         "Linux commits 841c2be09fe4 (v5.9), 39485ed95d6b (v5.11)",
         _let_through,
     ),
@@ -223,14 +223,14 @@ POLICIES: tuple[Policy, ...] = (
     ),
     Policy(
         "hardware-test",
-        "the hardware is asked on every write, CPUID is not looked at",
+        "the hardware is asked on every write, CPUID is not looked at (reads are KVM's)",
         "7c1d9bbe-5f59-5b86-01e9-43c929b24218@redhat.com (2020-07-07)",
         _hardware_test,
     ),
-    Policy("xen", "Xen's rule: the guest's CPUID, no hardware test", peer_machines.XEN, _xen),
+    Policy("xen", "Xen's rule: the guest's CPUID", peer_machines.XEN, _xen),
     Policy(
         "forced-shadow",
-        "BHI_DIS_S is forced on, the guest reads what it wrote",
+        "from its first write on BHI_DIS_S is forced on, the guest reads what it wrote",
         _RFC,
         forced(_BHI_DIS_S, _BHI_DIS_S),
         reads=True,

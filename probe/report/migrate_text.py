@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 
 from probe.masks import format_bits, hex64
-from probe.models.migration import RULES, Mend, Move, Rule, mend
+from probe.models.migration import RULES, Mend, Move, Rule
 from probe.models.profile import Profile
-from probe.pool import Group, Place, features_of, move
+from probe.pool import Group, Place, features_of, mended, move, pairs
 from probe.registers import SPEC_CTRL
 from probe.report.layout import clean, joined, paragraph
 
@@ -26,9 +26,8 @@ def pair(source: Place, target: Place) -> str:
         *paragraph(f"to    {clean(target.name)}", "", "      "),
         *paragraph(clean(target.what), "      ", "      "),
     ]
-    lines += _mask("a guest may hold", source.side.holds)
-    lines += _mask("a restore takes", target.side.takes)
-    lines += _mask("and it is there after", target.side.keeps & target.side.takes)
+    lines += _mask("a guest may hold", source.holds)
+    lines += paragraph(f"compared for {len(pairs(source, target))} guest CPUIDs", "      ", "      ")
     lines.append("")
     for rule in RULES:
         done = move(rule, source, target)
@@ -78,8 +77,7 @@ def matrix(groups: Sequence[Group], rule: Rule) -> str:
     for number, group in enumerate(groups, 1):
         more = f" and {len(group.places) - 1} more" if len(group.places) > 1 else ""
         lines += paragraph(f"{clean(group.first.name)}{more}: {clean(group.first.what)}", f"{number:>4}  ", "      ")
-        side = group.first.side
-        lines += paragraph(f"holds {_bits(side.holds)}; takes {_bits(side.takes)}", "      ", "      ")
+        lines += paragraph(f"a guest may hold bits {_bits(group.first.holds)}", "      ", "      ")
     lines.append("")
     width = 2 if len(groups) < 10 else 3
     shown = groups[:22]
@@ -90,7 +88,7 @@ def matrix(groups: Sequence[Group], rule: Rule) -> str:
     lines.append("        . works   l lost without a word   R refused")
     if len(groups) > len(shown):
         lines.append(f"        columns of the first {len(shown)} kinds; --json has all")
-    lines += ["", *_mended(mend([group.first.side for group in groups]))]
+    lines += ["", *_mended(mended([group.first for group in groups]))]
     return joined(lines)
 
 
@@ -100,7 +98,7 @@ def breaks(groups: Sequence[Group], rule: Rule) -> bool:
         move(rule, source.first, target.first).word != "works"
         for source in groups
         for target in groups
-        if source is not target
+        if source is not target or len(source.places) > 1
     )
 
 
@@ -111,9 +109,7 @@ def as_json(groups: Sequence[Group]) -> str:
             {
                 "records": [place.name for place in group.places],
                 "machine": group.first.what,
-                "holds": hex64(group.first.side.holds),
-                "takes": hex64(group.first.side.takes),
-                "keeps": hex64(group.first.side.keeps & group.first.side.takes),
+                "holds": hex64(group.first.holds),
             }
             for group in groups
         ],
@@ -125,15 +121,17 @@ def as_json(groups: Sequence[Group]) -> str:
                 "outcome": done.word,
                 "refused": hex64(done.refused),
                 "lost": hex64(done.lost),
+                "refuses_every_value": done.refuses_all,
+                "profiles": len(pairs(source.first, target.first)),
             }
             for number, source in enumerate(groups)
             for other, target in enumerate(groups)
-            if source is not target
+            if source is not target or len(source.places) > 1
             for rule in RULES
             for done in [move(rule, source.first, target.first)]
         ],
     }
-    found = mend([group.first.side for group in groups])
+    found = mended([group.first for group in groups])
     document["pool"] = {
         "keeps": hex64(found.keeps),
         "hide": str(Profile(found.hide)).split(",") if found.hide else [],

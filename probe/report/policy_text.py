@@ -40,20 +40,20 @@ def compared(one: Policy, other: Policy, over: Machine, found: Difference | None
         for policy, said in ((one, found.one), (other, found.other)):
             last = said[-1]
             lines.append(f"  {policy.name:<26}{'nothing' if last is None else format_answer(last)}")
-    lines += ["", "guests that live under one and not under the other:"]
+    lines += ["", "guests that take #GP under one and not under the other:"]
     told = []
     for cpu in cpus():
         for system in SYSTEMS:
             dies = [breaks(machine, cpu, system) is not None for machine in machines]
             if dies[0] != dies[1]:
-                lives = (other if dies[0] else one).name
-                told.append(f"  {cpu.name:<24}{system.name:<10}lives under {lives}")
+                where = (one if dies[0] else other).name
+                told.append(f"  {cpu.name:<24}{system.name:<10}{system.fate} under {where}")
     return joined([*lines, *(told or ["  none"])])
 
 
 def survival(machines: Sequence[Stepping | Machine], names: Sequence[str]) -> str:
-    """Return for each policy the named CPUs on which each system dies."""
-    lines = ["guests that die: named CPUs as hosts, their guests as KVM offers them"]
+    """Return for each policy the named CPUs on which each system takes #GP."""
+    lines = ["guests that take #GP: named CPUs as hosts, their guests as KVM offers them"]
     lines += [line for system in SYSTEMS for line in paragraph(system.title, f"  {system.name:<10}", " " * 12)]
     lines.append("")
     for machine, name in zip(machines, names):
