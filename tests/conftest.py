@@ -49,11 +49,12 @@ def tier_of(item: pytest.Item) -> str:
 
 
 def pytest_configure() -> None:
-    """Undo that a shell lets what it starts in the background ignore SIGINT and SIGQUIT: tests send them."""
+    """Undo that a shell, or nohup, lets what it starts in the background ignore signals: tests send them."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
