@@ -115,7 +115,10 @@ class PolicedLaboratory(Laboratory):
         if self._filter != self._policy.denied:
             self._put_filter(self._policy.denied)
         vcpu = super().vcpu(profile)
-        self._known[vcpu] = _Known(profile)
+        value = self._policy.initial(self._host)
+        self._known[vcpu] = _Known(profile, VcpuState(value))
+        if value:
+            vcpu.set_msr(SPEC_CTRL, value)
         return vcpu
 
     def set_cpuid(self, vcpu: Vcpu, profile: Profile) -> None:
@@ -124,9 +127,16 @@ class PolicedLaboratory(Laboratory):
         self._known[vcpu].profile = profile
 
     def init(self, vcpu: Vcpu) -> None:
-        """Send an INIT; what the policy knows of the vCPU is gone with it."""
+        """Send an INIT; what the policy knows of the vCPU is gone with it, and it begins anew.
+
+        The value is written, be it 0: with V_SPEC_CTRL KVM leaves the old one.
+        """
         super().init(vcpu)
-        self._known[vcpu].state = VcpuState()
+        known = self._known[vcpu]
+        known.state = VcpuState()
+        if not (known.through or self._policy.opens):
+            known.state = VcpuState(self._policy.initial(self._host))
+            vcpu.set_msr(SPEC_CTRL, known.state.value)
 
     def deny(self, index: int, denied: int) -> None:
         """Change the program's own filter; the policy's stays beside it."""
@@ -180,6 +190,8 @@ class PolicedLaboratory(Laboratory):
     def guest(self, vcpu: Vcpu, steps: Sequence[Step], seconds: float = RUN_SECONDS) -> list[guest_code.Result]:
         """Run steps in the guest, answering what comes to us."""
         known = self._known[vcpu]
+        if known is not self._known[next(reversed(self._known))]:
+            raise ValueError("the filter is the VM's: of its vCPUs only the one created last may run")
         if self._policy.opens and not known.opened and steps:
             self._open(vcpu, known)
         return super().guest(vcpu, steps, seconds)

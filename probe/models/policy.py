@@ -75,6 +75,7 @@ class Policy:
 
     reads: guest reads come to us, too, and get the shadow. opens: nothing comes to us; before the guest's first access
     KVM is brought to let it through, if its CPUID has the register: a value that KVM takes is written, and taken back.
+    initial: the value that a vCPU gets when it is created, and after INIT.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Policy:
     decide: Decide
     reads: bool = False
     opens: bool = False
+    initial: Callable[[Host], int] = lambda host: 0
 
     @property
     def denied(self) -> int:
@@ -230,10 +232,11 @@ POLICIES: tuple[Policy, ...] = (
     Policy("xen", "Xen's rule: the guest's CPUID", peer_machines.XEN, _xen),
     Policy(
         "forced-shadow",
-        "from its first write on BHI_DIS_S is forced on, the guest reads what it wrote",
+        "BHI_DIS_S is forced on where the hardware has it, the guest reads what it wrote",
         _RFC,
         forced(_BHI_DIS_S, _BHI_DIS_S),
         reads=True,
+        initial=lambda host: _BHI_DIS_S & host.hardware.tested,
     ),
 )
 
@@ -285,7 +288,16 @@ class PolicyMachine:
 
     def start(self, profile: Profile, host: Host) -> PolicyState:
         """Return a fresh vCPU behind the policy's filter."""
-        return PolicyState(self._filtered(self.kernel.start(profile, host), self.policy.denied))
+        kernel = self._filtered(self.kernel.start(profile, host), self.policy.denied)
+        return self._initialised(PolicyState(kernel))
+
+    def _initialised(self, state: PolicyState) -> PolicyState:
+        """Give the vCPU its first value, as the VMM does; 0 is there already when it is created."""
+        value = self.policy.initial(state.kernel.host)
+        state = replace(state, vcpu=VcpuState(value))
+        if not value:
+            return state
+        return self._by_kernel(state, Operation(Kind.HOST_SET, SPEC_CTRL, value))[0]
 
     def _filtered(self, kernel: State, denied: int) -> State:
         return self.kernel.set_filter(kernel, denied) if denied != kernel.denied else kernel
@@ -307,7 +319,13 @@ class PolicyMachine:
             asked = operation.value if kind is Kind.DENY and operation.index == SPEC_CTRL else 0
             return self._denying(replace(state, denied=asked)), Word.OK
         after, answer = self._by_kernel(state, operation)
-        return (replace(after, vcpu=VcpuState()) if kind is Kind.INIT else after), answer
+        if kind is Kind.INIT:
+            after = replace(after, vcpu=VcpuState())
+            if not (state.through or self.policy.opens):
+                value = self.policy.initial(state.kernel.host)
+                after = self._by_kernel(after, Operation(Kind.HOST_SET, SPEC_CTRL, value))[0]
+                after = replace(after, vcpu=VcpuState(value))
+        return after, answer
 
     def _by_kernel(self, state: PolicyState, operation: Operation) -> tuple[PolicyState, Answer | None]:
         kernel, answer = step(self.kernel, state.kernel, operation)

@@ -97,6 +97,10 @@ def test_forced_and_shadow() -> None:
     state = forced.start(parse_profile("AMD_STIBP"), IDEAL)
     state, _ = forced.step(state, parse("profile none; guest-wr 0x48 0x2")[0].operations[0])
     assert state.kernel.value == 0x402, "what the guest does not see: BHI_DIS_S is on"
+    fresh = forced.start(EMPTY, IDEAL)
+    assert (fresh.kernel.value, fresh.vcpu.shadow) == (0x400, 0), "a guest that does not know of it, too"
+    state, _ = forced.step(state, parse("profile none; init")[0].operations[0])
+    assert (state.kernel.value, state.vcpu.shadow) == (0x400, 0), "and after INIT"
     assert run("forced-shadow", text, ZEN2) == "ok 0x2 0x2", "hardware without the bit: nothing to force"
 
 
