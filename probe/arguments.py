@@ -160,7 +160,7 @@ def _add_policy(inner: argparse._SubParsersAction[_Parser]) -> None:
     policy.add_argument("--compare", metavar="NAME|FILE.py", help="where guests see a difference to this policy")
     policy.add_argument("--cost", action="store_true", help="what WRMSR and RDMSR cost a guest under it, or under all")
     policy.add_argument(
-        "--table", action="store_true", help="all policies: the guests and migrations that break, and the cost"
+        "--table", action="store_true", help="all policies: the guests that take #GP, the moves that break; also --cost"
     )
     _add_matrix_options(policy)
     for action in policy._actions:  # those of `kvm` itself have the defaults

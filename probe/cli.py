@@ -435,7 +435,7 @@ def _kvm(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         programs=arguments.programs,
         seed=arguments.seed,
-        driver=Path(arguments.state_dir or STATE_DIR) if arguments.write and policy is None else None,
+        driver=Path(arguments.state_dir or STATE_DIR) if arguments.write else None,
         policy=policy,
         progress=_Progress("profiles"),
         say=_say,

@@ -111,7 +111,9 @@ def study(
     explained = [name for name in explained if not _contradicted(name, explored)]
     follows = follow(explained, entry.backend, version) if policy is None else ""
     notes = _notes(entry, host, explained, follows, version) if policy is None else _policy_notes(judge)
-    asked = UNSET if driver is None else _ask_driver(min(facts.online), driver, say)
+    asked = UNSET if driver is None or policy is not None else _ask_driver(min(facts.online), driver, say)
+    if driver is not None and policy is not None:
+        notes.append("the msr driver was not asked: what it says does not depend on a policy (kvm --write asks it)")
     return kvm_record.KvmRecord(
         kind="kvm",
         schema_version=f"{kvm_record.SCHEMA_MAJOR}.{kvm_record.SCHEMA_MINOR}",
