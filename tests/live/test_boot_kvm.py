@@ -18,7 +18,7 @@ from probe.report import kvm_text
 
 pytestmark = pytest.mark.boot
 
-SOME = ("none", "empty", "zen2-client-2020", "psfd-only", "qemu-ibrs", "qemu-epyc-rome-v2", "AMD_SSBD", "virt-ssbd")
+SOME = ("none", "empty", "zen2-client-2020", "psfd-only", "qemu-ibrs", "AMD_SSBD", "virt-ssbd", "INTEL_STIBP")
 PROFILES = tuple(word for name in SOME for word in ("--profile", name))
 ZEN2 = parse_profile("zen2-client")
 ZEN2_VIRTUAL = parse_profile("zen2-client,V_SPEC_CTRL")
