@@ -7,6 +7,7 @@ so that between two trials every register holds what it held before the walk.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from probe.msr import Failure, MsrAccess
 from probe.outcome import Combined, CpuResult, Observation, Outcome, Restored
 
 READ_BACK_TRIES = 3
+_LEAVING_TRIES, _LEAVING_SECONDS = 50, 0.02  # how long a CPU may take to go offline
 STEADY_READS, MOST_READS = 3, 12  # what a register holds first is what it reads this often in a row
 
 
@@ -236,6 +238,12 @@ class Walk:
         """Be on the CPU, and know what its register holds now."""
         there = self._pin(state.cpu)
         reads = self._msr.read(state.cpu, self._plan.index)
+        for _ in range(_LEAVING_TRIES):  # a CPU that goes offline takes no task before it takes no read
+            if there or reads is Failure.OFFLINE:
+                break
+            time.sleep(_LEAVING_SECONDS)
+            there = self._pin(state.cpu)
+            reads = self._msr.read(state.cpu, self._plan.index)
         tries = 1
         while isinstance(reads, int) and reads != state.saved and tries < STEADY_READS:
             reads = self._msr.read(state.cpu, self._plan.index)
