@@ -153,7 +153,9 @@ class KvmMachine:
 
         An access that takes #GP has entered and exited, too (random programs on Debian's 5.10 showed it).
         """
-        return self._left(replace(state, direct=self._direct(state), pending=False))
+        if state.pending:
+            state = replace(state, direct=self._direct(state), pending=False)
+        return self._left(state)
 
     def _direct(self, state: State) -> bool:
         """Tell whether the next entry lets the guest through."""
@@ -215,7 +217,8 @@ class KvmMachine:
         """VM entry: load the stored value."""
         if not state.host.loaded:
             return state
-        return replace(state, register=state.value & self._loads(state.host) & state.host.hardware.keep)
+        register = state.value & self._loads(state.host) & state.host.hardware.keep
+        return state if register == state.register else replace(state, register=register)
 
     def _loads(self, host: Host) -> int:
         if self._is_virtual(host):
@@ -230,7 +233,8 @@ class KvmMachine:
         if not state.host.switched or self._intercepts(state, DENY_WRITE):
             return state
         saves = ALL_BITS if self._is_virtual(state.host) else self.saves
-        return replace(state, value=state.value & ~saves | state.register & saves)
+        value = state.value & ~saves | state.register & saves
+        return state if value == state.value else replace(state, value=value)
 
     def _left(self, state: State) -> State:
         """Go once more into the guest and out of it, as happens after every intercepted access."""

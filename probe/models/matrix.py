@@ -110,6 +110,10 @@ BESIDE: tuple[Cell, ...] = (
 )
 
 
+# Each with whether a model has to decide it to explain a kernel.
+_ALL_CELLS = (*((cell, True) for cell in CELLS), *((cell, False) for cell in BESIDE))
+
+
 def holds(cell: Cell, value: int, answer: Answer | None) -> bool:
     """Tell whether an answer puts the value's bit into the cell's mask."""
     if cell.answer is None:
@@ -271,13 +275,13 @@ def fit(machine: Machine | Stepping, host: Host, rows: Sequence[Measured]) -> Fi
     divergences: dict[str, int] = {}
     first: tuple[Cell, Measured, int] | None = None
     cache: dict[tuple[int, bool, int], Expected] = {}
+    row_of = expected_by_programs if isinstance(machine, Stepping) else expected
     for row in rows:
         key = (row.profile.mask, row.profile.no_cpuid, row.opener)
         model = cache.get(key)
         if model is None:
-            row_of = expected_by_programs if isinstance(machine, Stepping) else expected
             model = cache[key] = row_of(machine, row.profile, host, row.opener)  # type: ignore[arg-type]
-        for cell in (*CELLS, *BESIDE):
+        for cell, counts in _ALL_CELLS:
             seen = row.masks.get(cell.name)
             if seen is None:
                 continue
@@ -286,7 +290,7 @@ def fit(machine: Machine | Stepping, host: Host, rows: Sequence[Measured]) -> Fi
             wrong = (seen ^ model.masks.get(cell.name, 0)) & known
             count = _count(known)
             cases += count
-            silent += _count(asked & ~known) if cell in CELLS else 0
+            silent += _count(asked & ~known) if counts else 0
             agreements += count - _count(wrong)
             if wrong:
                 divergences[cell.name] = divergences.get(cell.name, 0) + _count(wrong)
