@@ -171,7 +171,7 @@ def without_paths(argv: Sequence[str]) -> list[str]:
         elif equals and name in _PATH_OPTIONS:
             kept.append(f"{name}={_last_part(value)}")
         else:
-            kept.append(word)
+            kept.append(_last_part(word) if "/" in word else word)  # a policy's file, say
         hide = not equals and name in _PATH_OPTIONS
     return kept
 

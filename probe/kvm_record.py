@@ -24,7 +24,7 @@ from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import release_of
 from probe.record import Kernel, Machine, Mask, Time, Tool, Version, closed_schema
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
 
 

@@ -30,6 +30,7 @@ from kernel_harness.boot.cache import default_cache, locked, storage_error, writ
 from kernel_harness.boot.kernels import Kernel
 from probe.doctor import Program
 from probe.errors import GuestLost, RequirementMissing, UsageError
+from probe.record import hide_paths
 
 QEMU = "qemu-system-x86_64"
 EXCHANGE = "/run/spec-ctrl-probe"  # where the guest sees the folder through which it talks to us
@@ -39,7 +40,6 @@ EXCHANGE = "/run/spec-ctrl-probe"  # where the guest sees the folder through whi
 _LAYERED = ("/etc", "/lib", "/home", "/opt", "/root", "/srv", "/usr", "/var", "/tmp")
 _HIDDEN = ("/run", "/dev", "/var/log", "/var/tmp", "/var/cache", "/var/spool/rsyslog", "/var/lib/apt")
 _PATH_THAT_VIRTME_TAKES = re.compile(r"[A-Za-z0-9_+/.-]+\Z")  # virtme-ng 1.42 _SAFE_PATH_PATTERN, less the blank
-_A_PATH = re.compile(r"(?<![\w.])/(?!dev/kvm\b)[^\s:,;'\"()]+")
 _CONSOLE_LINES = 20  # of a lost guest are shown
 _APPEND_MAX = 900  # bytes; x86 takes 2048 (COMMAND_LINE_SIZE), virtme-run needs the rest
 
@@ -545,5 +545,5 @@ def _try_kvm(kernel: Kernel) -> tuple[str, str]:
         if console.exists() and _KVM_TRIAL_MARK in console.read_text(encoding="utf-8", errors="replace"):
             return "kvm", f"{kernel.release} boots under KVM in {time.monotonic() - began:.0f} s"
         said = (result.stderr.strip().splitlines() or [f"QEMU ended with status {result.returncode}"])[0]
-        said = _A_PATH.sub("PATH", said)  # it goes into the record
+        said = hide_paths(said)  # it goes into the record
         return "tcg", f"{kernel.release} does not boot under KVM: {said}"

@@ -18,6 +18,7 @@ from probe.errors import RequirementMissing
 from probe.models.machine import DENY_READ, DENY_WRITE, SPEC_CTRL, Host
 from probe.models.policy import Decision, Fate, Policy, VcpuState, fault, opener_for
 from probe.models.profile import Profile
+from probe.record import hide_paths
 
 _DECIDE_SECONDS = (
     0.5  # a policy that takes longer for one write loops; after _MOST_LOOPS of them it is not asked any more
@@ -82,6 +83,7 @@ class Judge:
             self.complaints[what] = self.complaints.get(what, 0) + count
 
     def _complain(self, what: str) -> Decision:
+        what = hide_paths(what)  # it goes into the record
         self.complaints[what] = self.complaints.get(what, 0) + 1
         return fault()
 

@@ -34,7 +34,7 @@ from probe.models.policy import Policy, PolicyMachine
 from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features
 from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import Release, release_of
-from probe.record import Masks, Tool
+from probe.record import Masks, Tool, hide_paths
 from probe.run import Ears, Options, run
 
 _IDEAL = ALL_FEATURES & ~mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
@@ -231,7 +231,7 @@ def _ask_driver(cpu: int, state_dir: Path, say: Callable[[str], None]) -> kvm_re
         return ask_driver(cpu, state_dir, say)
     except ProbeError as error:
         none = hex64(0)
-        text = f"{error.message}; for its cure see: spec-ctrl-probe run --write"
+        text = f"{hide_paths(error.message)}; for its cure see: spec-ctrl-probe run --write"
         return kvm_record.DriverEntry(
             cpu=cpu, accepts=none, faults=none, unanswered=none, error=text, exit_code=int(error.exit_code)
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernel_harness.kvm.policed import Judge
 from kernel_harness.kvm.policy_file import EXAMPLE, find
-from probe.cli import main
+from probe.cli import main, without_paths
 from probe.errors import RecordError, UsageError
 from probe.kvm_record import decode as decode_kvm
 from probe.masks import ALL_BITS
@@ -153,6 +153,18 @@ def test_a_policy_that_answers_nonsense_faults_and_is_told(decide: object, compl
     assert decision == fault()
     (said,) = judge.complaints
     assert said.startswith(complaint[:50])
+
+
+def test_no_path_of_a_policy_reaches_the_record() -> None:
+    def reads_a_file(*given: object) -> Decision:
+        raise FileNotFoundError(2, "No such file or directory", "/home/me/table")
+
+    _, judge = judged(reads_a_file)
+    assert not any("/home" in what for what in judge.complaints)
+    assert any("'PATH'" in what for what in judge.complaints)
+    assert without_paths(["kvm", "policy", "/home/me/mine.py", "--programs", "5"]) == [
+        "kvm", "policy", "PATH", "--programs", "5",
+    ]  # fmt: skip
 
 
 def test_the_example_works(tmp_path: Path) -> None:
