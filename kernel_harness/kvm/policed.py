@@ -20,10 +20,8 @@ from probe.models.policy import Decision, Fate, Policy, VcpuState, fault, opener
 from probe.models.profile import Profile
 from probe.record import hide_paths
 
-_DECIDE_SECONDS = (
-    0.5  # a policy that takes longer for one write loops; after _MOST_LOOPS of them it is not asked any more
-)
-_MOST_LOOPS = 3
+_DECIDE_SECONDS = 0.5  # a policy that takes longer for one write loops
+_MOST_LOOPS = 3  # after which it is not asked any more
 _EXITS = {uapi.KVM_EXIT_X86_WRMSR: DENY_WRITE, uapi.KVM_EXIT_X86_RDMSR: DENY_READ}
 
 
