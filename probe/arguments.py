@@ -182,6 +182,18 @@ def _add_live_migration(inner: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument("--to-policy", metavar="NAME|FILE.py", help="policy on the destination (default: KVM alone)")
     migrate.add_argument("--to-profile", type=_profile, metavar="NAME|BITS", help="guest's CPUID there (the same)")
     migrate.add_argument("--rule", default="kvm", metavar="VMM", help="kvm, qemu, xen, firecracker, cloud-hypervisor")
+    migrate.add_argument(
+        "--restore",
+        action="append",
+        metavar="RECORD",
+        help="guests that left another kernel; may be given again",
+    )
+    quiet = argparse.SUPPRESS  # those of `kvm` itself have the defaults
+    migrate.add_argument(
+        "--record", default=quiet, metavar="PATH", help="write a record, from which guests can be restored; -"
+    )
+    migrate.add_argument("--json", action="store_true", default=quiet, help="print the record instead of the report")
+    migrate.add_argument("--identify", default=quiet, metavar="NAME", help="put this name into the record")
 
 
 def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -315,7 +327,8 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument("--rule", default="qemu", metavar="VMM", help="rule of a pool's matrix (default qemu)")
     migrate.add_argument("--json", action="store_true", help="print every pair and rule as JSON")
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
-    schema.add_argument("kind", nargs="?", choices=("run", "kvm"), default="run", help="of which record (default: run)")
+    kinds = ("run", "kvm", "migration")
+    schema.add_argument("kind", nargs="?", choices=kinds, default="run", help="of which record (default: run)")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import shlex
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from probe.arguments import make_parser
 from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, UsageError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from probe import record as rec
     from probe.cpuid.dumps import Dump
     from probe.doctor import Check
+    from probe.migration_record import MigrationRecord
     from probe.models.machine import Machine
     from probe.models.prediction import Model
     from probe.models.profile import Profile
@@ -483,17 +485,19 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
         return int(ExitCode.AS_PREDICTED)
     policies = chosen or list(POLICIES)
     told: list[str] = []
+    costs = None
+    if arguments.cost:
+        costs, told = policy_costs(policies, _Progress("policies"))
     if arguments.table:
         with judged(policies) as (asked_policies, complaints):
             asked = [PolicyMachine(policy, over) for policy in asked_policies]
-            names = [policy.name for policy in policies]
-            sys.stdout.write(policy_text.survival(asked, names) + "\n")
-            sys.stdout.write(policy_text.moves(asked, names, BY_NAME["qemu"]))
-        told = complaints()
-    if arguments.cost:
-        costs, more = policy_costs(policies, _Progress("policies"))
+            rule = BY_NAME["qemu"]
+            sys.stdout.write(policy_text.summary(asked, rule, costs) + "\n")
+            sys.stdout.write(policy_text.survival(asked) + "\n")
+            sys.stdout.write(policy_text.moves(asked, rule) + ("\n" if costs else ""))
+        told += complaints()
+    if costs is not None:
         sys.stdout.write(policy_text.costs(costs))
-        told += more
     return _policy_code(told, ExitCode.AS_PREDICTED)
 
 
@@ -505,22 +509,42 @@ def _policy_code(complaints: Sequence[str], otherwise: ExitCode) -> int:
 
 
 def _kvm_migrate(arguments: argparse.Namespace) -> int:
-    from kernel_harness.kvm import policy_file
-    from kernel_harness.kvm.commands import migrate_program, migrate_study
+    from kernel_harness.kvm.commands import migrate
+    from kernel_harness.kvm.policy_file import find
+    from probe import migration_record, store
+    from probe.report import moved_text
 
-    find = policy_file.find
-    if arguments.program is None:
-        outcome = migrate_study(arguments.rule)
+    _check_record_path(arguments.record)
+    record = migrate(
+        None if arguments.program is None else _program_text(arguments.program),
+        [migration_record.decode(*store.read_raw(path)) for path in arguments.restore or ()],
+        source=find(arguments.from_policy) if arguments.from_policy else None,
+        target=find(arguments.to_policy) if arguments.to_policy else None,
+        profile=arguments.to_profile or "",
+        rule=arguments.rule,
+        arguments=without_paths(arguments.argv),
+        identity=arguments.identify,
+        progress=_Progress("guests"),
+    )
+    raw = migration_record.encode(record)
+    if arguments.json or arguments.record == "-":
+        sys.stdout.write(raw.decode())
     else:
-        outcome = migrate_program(
-            _program_text(arguments.program),
-            source=find(arguments.from_policy) if arguments.from_policy else None,
-            target=find(arguments.to_policy) if arguments.to_policy else None,
-            profile=arguments.to_profile,
-            rule=arguments.rule,
-        )
-    sys.stdout.write(outcome.text)
-    return _policy_code(outcome.complaints, ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+        sys.stdout.write(moved_text.render([record]))
+    sys.stdout.flush()
+    if arguments.record not in (None, "-"):
+        _say(f"record: {store.write_atomically(raw, Path(arguments.record), replace=True)}")
+    return _migration_code([record])
+
+
+def _migration_code(records: Sequence[MigrationRecord]) -> int:
+    """A study shows what breaks: it has a finding where a model was wrong; a program's guest shall arrive whole."""
+    from probe.migration_record import as_calculated
+
+    moved = all(record.study or entry.outcome == "works" for record in records for entry in record.arrivals)
+    fine = moved and all(as_calculated(record) for record in records)
+    told = [text for record in records for text in record.complaints]
+    return _policy_code(told, ExitCode.AS_PREDICTED if fine else ExitCode.FINDINGS)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
@@ -561,22 +585,29 @@ def _boot(arguments: argparse.Namespace) -> int:
     from probe.report import kvm_text
 
     inside = [word for word in arguments.inside if word != "--"] or ["kvm"]
-    if inside[0] != "kvm" or {"replay", "explore", "migrate", "--record", "--json"} & set(inside):
+    if inside[0] != "kvm" or {"replay", "explore", "--record", "--json", "--restore"} & set(inside):
         raise UsageError(
-            f"cannot run {' '.join(inside)!r} in the guests", "want: -- kvm [--profile ...] [--programs N]"
+            f"cannot run {' '.join(inside)!r} in the guests",
+            "want: -- kvm [--profile ...] [--programs N]; -- kvm policy NAME; or -- kvm migrate [FILE]",
         )
-    make_parser().parse_args(inside)  # what is wrong with it is told before anything is booted
+    asked = make_parser().parse_args(inside)  # what is wrong with it is told before anything is booted
     if arguments.record_dir and not Path(arguments.record_dir).is_dir():
         raise UsageError(f"no folder {arguments.record_dir}", f"mkdir -p {arguments.record_dir}")
+    # The guest has another working folder, and sees this machine's files.
+    here = [str(Path(word).resolve()) if word.endswith(".py") and Path(word).is_file() else word for word in inside]
     wanted = Wanted(
         accelerator=arguments.accel,
-        arguments=inside[1:],
+        arguments=here[1:],
         append=arguments.append.split(),
         tested=arguments.tested,
         cpu=None if arguments.cpu is None else parse_profile(arguments.cpu),
         timeout=arguments.timeout,
         waiting=_Waiting(),
     )
+    if asked.kvm_command == "migrate":
+        from kernel_harness.boot.migrate import move_between
+
+        return _boot_migrate(arguments, asked, functools.partial(move_between, arguments.kernels.split(","), wanted))
     booted = []
     for one in study_kernels(arguments.kernels.split(","), wanted, _say):
         booted.append(one)
@@ -596,6 +627,42 @@ def _boot(arguments: argparse.Namespace) -> int:
         return int(errors[0].exit_code)
     explained = all(one.record is not None and kvm_record.as_predicted(one.record) for one in booted)
     return int(ExitCode.AS_PREDICTED if explained else ExitCode.FINDINGS)
+
+
+def _boot_migrate(arguments: argparse.Namespace, asked: argparse.Namespace, move: Callable[..., Sequence[Any]]) -> int:
+    """Move guests between the kernels; every pair is one block of the report."""
+    from probe import migration_record, store
+    from probe.report import moved_text
+
+    def options(*names: str) -> list[str]:
+        found = {name: getattr(asked, name.replace("-", "_")) for name in names}
+        files = {name: str(Path(value).resolve()) for name, value in found.items() if str(value).endswith(".py")}
+        return [f"--{name}={files.get(name, value)}" for name, value in found.items() if value]
+
+    done = move(
+        None if asked.program is None else _program_text(asked.program),
+        options("from-policy"),
+        options("to-policy", "to-profile", "rule"),
+        _say,
+    )
+    records = []
+    for one in done:
+        if one.error is not None:
+            _complain(one.spec, one.error)
+        if one.record is None:
+            continue
+        one.record.tool.arguments = without_paths(arguments.argv)
+        records.append(one.record)
+        path = store.default_migration_path(one.record)
+        if arguments.record_dir:
+            path = Path(arguments.record_dir) / path.name
+        _say(f"record: {store.write_atomically(migration_record.encode(one.record), path, replace=False)}")
+    errors = [one.error for one in done if one.error is not None]
+    if not records:
+        return int(errors[0].exit_code)
+    sys.stdout.write(moved_text.render(records))
+    code = _migration_code(records)
+    return code or int(ExitCode.FINDINGS if errors else ExitCode.AS_PREDICTED)
 
 
 def _program_text(path: str) -> str:
@@ -781,13 +848,16 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from probe import kvm_record, store
+    from probe import kvm_record, migration_record, store
     from probe import record as rec
-    from probe.report import kvm_text, text
+    from probe.report import kvm_text, moved_text, text
 
     raw, name = store.read_raw(arguments.record, sys.stdin.buffer)
-    if kvm_record.is_kvm_record(raw):
+    kind, _ = rec.record_kind(raw)
+    if kind == "kvm":
         sys.stdout.write(kvm_text.render(kvm_record.decode(raw, name), rows=1000))
+    elif kind == migration_record.KIND:
+        sys.stdout.write(moved_text.render([migration_record.decode(raw, name)]))
     else:
         sys.stdout.write(text.render(rec.decode(raw, name)))
     return int(ExitCode.AS_PREDICTED)
@@ -836,10 +906,11 @@ def _models_diff(arguments: argparse.Namespace) -> int:
 def _schema(arguments: argparse.Namespace) -> int:
     import json
 
-    from probe import kvm_record
+    from probe import kvm_record, migration_record
     from probe import record as rec
 
-    print(json.dumps(kvm_record.schema() if arguments.kind == "kvm" else rec.schema(), indent=2))
+    schemas = {"run": rec.schema, "kvm": kvm_record.schema, "migration": migration_record.schema}
+    print(json.dumps(schemas[arguments.kind](), indent=2))
     return int(ExitCode.AS_PREDICTED)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Union
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, UnsetType
 
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64, parse_hex64
@@ -22,17 +22,13 @@ from probe.models.policy import PolicyMachine
 from probe.models.profile import NAMED, Profile, parse_profile
 from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import release_of
-from probe.record import Kernel, Machine, Mask, Time, Tool, Version, closed_schema
+from probe.record import Entry, Kernel, Machine, Mask, Time, Tool, Version, closed_schema, record_kind
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
 
 
-class _Entry(Struct, kw_only=True, omit_defaults=True):
-    """Base of everything in a record: fields by name, defaults left out."""
-
-
-class KvmEntry(_Entry):
+class KvmEntry(Entry):
     """KVM as userspace meets it. backend is the vendor module that is loaded ("" if none can be seen)."""
 
     backend: str
@@ -42,7 +38,7 @@ class KvmEntry(_Entry):
     user_space_msr: bool
 
 
-class HardwareEntry(_Entry):
+class HardwareEntry(Entry):
     """The hardware's own answers, as measured through KVM; see probe.models.machine.Hardware and Host."""
 
     exists: bool
@@ -57,7 +53,7 @@ class HardwareEntry(_Entry):
     loaded: bool = True
 
 
-class RowEntry(_Entry):
+class RowEntry(Entry):
     """What some profiles gave, all alike: for each cell the mask of the bits that answered so."""
 
     profiles: list[str]
@@ -65,7 +61,7 @@ class RowEntry(_Entry):
     opener: Mask = hex64(0)
 
 
-class DivergenceEntry(_Entry):
+class DivergenceEntry(Entry):
     """The first divergence of a model, as a program: the kernel's answer to its last operation, and the model's."""
 
     cell: str
@@ -74,7 +70,7 @@ class DivergenceEntry(_Entry):
     model: str
 
 
-class FitEntry(_Entry):
+class FitEntry(Entry):
     """How well one model explains the matrix."""
 
     model: str
@@ -86,7 +82,7 @@ class FitEntry(_Entry):
     first: Union[DivergenceEntry, UnsetType] = UNSET
 
 
-class ExploredEntry(_Entry):
+class ExploredEntry(Entry):
     """Random programs that were run on kernel and model side by side; divergence is the shortest that differed.
 
     steady is false if the kernel answered so once, and not again when the program was run anew.
@@ -101,7 +97,7 @@ class ExploredEntry(_Entry):
     steady: bool = True
 
 
-class PolicyEntry(_Entry):
+class PolicyEntry(Entry):
     """The policy that guests obeyed, over the model of the kernel that carried it out; source is a document or "FILE".
 
     complaints: what the policy did that is no decision (such a write took #GP), each with how often.
@@ -114,7 +110,7 @@ class PolicyEntry(_Entry):
     complaints: dict[str, int] = {}
 
 
-class DriverEntry(_Entry):
+class DriverEntry(Entry):
     """What the msr driver says of one CPU's own register, asked bit by bit: the masks of bits that it took, that took
     #GP, and that gave no answer.
 
@@ -129,7 +125,7 @@ class DriverEntry(_Entry):
     exit_code: int = 0
 
 
-class GuestPlace(_Entry):
+class GuestPlace(Entry):
     """The virtual machine that was booted for it.
 
     tested: KVM's own test of a value was made to accept this mask. cpu: the CPUID bits that the emulated CPU was given.
@@ -144,7 +140,7 @@ class GuestPlace(_Entry):
     cpu: str = ""
 
 
-class KvmRecord(_Entry):
+class KvmRecord(Entry):
     """One matrix. started is RFC 3339 in UTC, duration in seconds.
 
     explained_by names the models that decide every case and have every one right, follows the one of them that stands
@@ -295,26 +291,13 @@ def encode(record: KvmRecord) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
 
 
-class _Head(Struct):
-    kind: str = ""
-    schema_version: str = ""
-
-
-def is_kvm_record(raw: bytes) -> bool:
-    """Tell whether this is a record of this kind, whatever its version."""
-    try:
-        return msgspec.json.decode(raw, type=_Head).kind == "kvm"
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
-
-
 def decode(raw: bytes, name: str) -> KvmRecord:
     """Read a record; name is what an error calls it. Raise RecordError for anything that is none of this version."""
     try:
-        head = msgspec.json.decode(raw, type=_Head)
-        if head.schema_version.partition(".")[0] != str(SCHEMA_MAJOR):
+        version = record_kind(raw)[1]
+        if version.partition(".")[0] != str(SCHEMA_MAJOR):
             raise RecordError(
-                f"{name} is a KVM record of version {head.schema_version[:20]}; this tool reads {SCHEMA_MAJOR}.x",
+                f"{name} is a KVM record of version {version[:20]}; this tool reads {SCHEMA_MAJOR}.x",
                 "read it with the spec-ctrl-probe that wrote it, or a newer one",
             )
         record = msgspec.json.decode(raw, type=KvmRecord)

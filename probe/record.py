@@ -42,11 +42,11 @@ def hide_paths(text: str) -> str:
     return _A_PATH.sub("PATH", text)
 
 
-class _Entry(Struct, kw_only=True, omit_defaults=True):
+class Entry(Struct, kw_only=True, omit_defaults=True):
     """Base of everything in a record: fields by name, defaults left out."""
 
 
-class Tool(_Entry):
+class Tool(Entry):
     """What made the record; arguments are those of the command line, without paths."""
 
     version: str
@@ -55,7 +55,7 @@ class Tool(_Entry):
     name: str = "spec-ctrl-probe"
 
 
-class Guest(_Entry):
+class Guest(Entry):
     """The virtual machine that the probe booted to have an msr driver."""
 
     kernel: str
@@ -67,7 +67,7 @@ class Guest(_Entry):
     register_model: str = ""
 
 
-class Place(_Entry):
+class Place(Entry):
     """Where the writes were tried: this machine's own msr driver, or that of a guest booted for it."""
 
     kind: Literal["metal", "guest"]
@@ -75,7 +75,7 @@ class Place(_Entry):
     guest: Union[Guest, UnsetType] = UNSET
 
 
-class Microcode(_Entry):
+class Microcode(Entry):
     """CPUs with one microcode revision."""
 
     cpus: CpuList
@@ -91,7 +91,7 @@ class BiosEntry(Struct, kw_only=True, omit_defaults=True, frozen=True):
     product: str = ""
 
 
-class Machine(_Entry):
+class Machine(Entry):
     """The CPU as leaf 1 and the kernel identify it. brand is for people, nothing is decided by it."""
 
     vendor: str
@@ -108,7 +108,7 @@ class Machine(_Entry):
     bios: BiosEntry = BiosEntry()
 
 
-class Kernel(_Entry):
+class Kernel(Entry):
     """The running kernel, its mitigations, and what the run did to it (taint is the kernel's bit mask)."""
 
     release: str
@@ -122,7 +122,7 @@ class Kernel(_Entry):
     modules_loaded: list[str] = []
 
 
-class Varying(_Entry):
+class Varying(Entry):
     """Registers that differ between the CPUs of a group in the same way (APIC IDs).
 
     xor holds one hexadecimal number per CPU of the group, in order, to be XORed into the group's leaves.
@@ -132,7 +132,7 @@ class Varying(_Entry):
     xor: Annotated[str, Meta(pattern=rf"^[0-9a-f]+( [0-9a-f]+)*{_END}")]
 
 
-class CpuidGroup(_Entry):
+class CpuidGroup(Entry):
     """All leaves of the CPUs that report the same. Leaf "00000007.2" is leaf 7, subleaf 2: EAX EBX ECX EDX."""
 
     cpus: CpuList
@@ -140,7 +140,7 @@ class CpuidGroup(_Entry):
     varying: list[Varying] = []
 
 
-class Cpuid(_Entry):
+class Cpuid(Entry):
     """The CPUID of this machine. cross_check says whether two ways of reading it gave the same."""
 
     sources: list[str]
@@ -148,14 +148,14 @@ class Cpuid(_Entry):
     groups: list[CpuidGroup]
 
 
-class CpuidFile(_Entry):
+class CpuidFile(Entry):
     """A recorded CPUID from which the predictions were made instead of from this machine's."""
 
     form: str
     groups: list[CpuidGroup]
 
 
-class ReasonEntry(_Entry):
+class ReasonEntry(Entry):
     """Why some bits have one predicted effect, and who says so."""
 
     mask: Mask
@@ -164,7 +164,7 @@ class ReasonEntry(_Entry):
     source: str
 
 
-class PredictionEntry(_Entry):
+class PredictionEntry(Entry):
     """What one model says for CPUs on which it says the same. title says in one line what the model is."""
 
     model: str
@@ -177,7 +177,7 @@ class PredictionEntry(_Entry):
     reasons: list[ReasonEntry]
 
 
-class WalkEntry(_Entry):
+class WalkEntry(Entry):
     """What was tried. readback is meaningless where the kernel rewrites the register on every entry."""
 
     msr: Mask32
@@ -190,14 +190,14 @@ class WalkEntry(_Entry):
     pairs: bool = False
 
 
-class Saved(_Entry):
+class Saved(Entry):
     """The value that the register held before the first write."""
 
     cpus: CpuList
     value: Mask
 
 
-class Masks(_Entry):
+class Masks(Entry):
     """Disjoint masks, one per outcome; an outcome that no bit had is left out."""
 
     retained: Mask = hex64(0)
@@ -209,7 +209,7 @@ class Masks(_Entry):
     absent: Mask = hex64(0)
 
 
-class CombinedEntry(_Entry):
+class CombinedEntry(Entry):
     """One write of all accepted bits together. got is left out if the write took #GP."""
 
     value: Mask
@@ -218,7 +218,7 @@ class CombinedEntry(_Entry):
     got: Union[Mask, UnsetType] = UNSET
 
 
-class ObservationEntry(_Entry):
+class ObservationEntry(Entry):
     """What the CPUs named did, all alike."""
 
     cpus: CpuList
@@ -231,7 +231,7 @@ class ObservationEntry(_Entry):
     inconsistent: Mask = hex64(0)
 
 
-class VerdictEntry(_Entry):
+class VerdictEntry(Entry):
     """Prediction and observation compared, for CPUs with the same result."""
 
     model: str
@@ -243,7 +243,7 @@ class VerdictEntry(_Entry):
     not_measured: Mask = hex64(0)
 
 
-class RuleEntry(_Entry):
+class RuleEntry(Entry):
     """How a hypervisor's rule stands to what a guest saw: fits, possible, or refuted by the bits of against."""
 
     model: str
@@ -252,7 +252,7 @@ class RuleEntry(_Entry):
     against: Mask = hex64(0)
 
 
-class FindingEntry(_Entry):
+class FindingEntry(Entry):
     """One thing that is not as it should be; see verdict.KINDS for the words of kind."""
 
     kind: str
@@ -261,7 +261,7 @@ class FindingEntry(_Entry):
     mask: Mask = hex64(0)
 
 
-class RestoreEntry(_Entry):
+class RestoreEntry(Entry):
     """Proof that registers were put back. reads is left out where the register could not be read."""
 
     cpus: CpuList
@@ -271,7 +271,7 @@ class RestoreEntry(_Entry):
     note: str = ""
 
 
-class Record(_Entry):
+class Record(Entry):
     """One run. started is RFC 3339 in UTC, duration in seconds; judge names the model that findings come from.
 
     hypervisor_rules is there for a walk under a hypervisor (since version 1.1).
@@ -331,6 +331,20 @@ _VALID = "spec-ctrl-probe schema prints what is valid"
 
 class _Head(Struct):
     schema_version: str
+
+
+class _Kind(Struct):
+    kind: str = ""
+    schema_version: str = ""
+
+
+def record_kind(raw: bytes) -> tuple[str, str]:
+    """Return the kind of a record ("" for one of a run, and for what is none) and its version, whatever that is."""
+    try:
+        head = msgspec.json.decode(raw, type=_Kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return "", ""
+    return head.kind, head.schema_version
 
 
 def decode(raw: bytes, name: str) -> Record:

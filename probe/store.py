@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from probe.errors import RecordError
-from probe.kvm_record import KvmRecord, is_kvm_record
+from probe.kvm_record import KvmRecord
 from probe.kvm_record import decode as decode_kvm
-from probe.record import Machine, Record, decode
+from probe.migration_record import MigrationRecord
+from probe.record import Machine, Record, decode, record_kind
 
 LARGEST_RECORD = 64 << 20
 
@@ -56,9 +57,12 @@ def read_raw(path: str, stdin: BinaryIO | None = None) -> tuple[bytes, str]:
 
 
 def read_any(path: Path) -> Record | KvmRecord:
-    """Read a record of either kind; raise RecordError if it is none."""
+    """Read a record of a run or of KVM; raise RecordError if it is none."""
     raw, name = read_raw(str(path))
-    return decode_kvm(raw, name) if is_kvm_record(raw) else decode(raw, name)
+    kind, _ = record_kind(raw)
+    if kind not in ("", "kvm"):
+        raise RecordError(f"{name} is a record of another kind: {kind[:20]!r}", "spec-ctrl-probe show prints it")
+    return decode_kvm(raw, name) if kind else decode(raw, name)
 
 
 def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:
@@ -138,6 +142,13 @@ def default_kvm_path(record: KvmRecord) -> Path:
     """Return results/<machine>/<time>-kvm-<kernel>.json."""
     time = record.started.replace(":", "")
     return Path("results") / machine_folder(record.machine) / f"{time}-kvm-{_file_word(record.kernel.release)}.json"
+
+
+def default_migration_path(record: MigrationRecord) -> Path:
+    """Return results/<machine>/<time>-migration-<kernel>.json."""
+    time = record.started.replace(":", "")
+    name = f"{time}-migration-{_file_word(record.kernel.release)}.json"
+    return Path("results") / machine_folder(record.machine) / name
 
 
 def machine_folder(machine: Machine) -> str:

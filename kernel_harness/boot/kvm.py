@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,25 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
     Raise RequirementMissing if the kernel cannot be had or has no KVM for this CPU, GuestLost, with the console's last
     lines, if it does not get through.
     """
+    inside = ["--write", "--state-dir", STATE, *wanted.arguments]
+    raw, place = in_guest(spec, wanted, inside, {}, say, cache)
+    record = kvm_record.decode(raw, f"the record of {place.kernel}")
+    record.guest = place
+    return record
+
+
+def in_guest(
+    spec: str,
+    wanted: Wanted,
+    words: Sequence[str],
+    files: Mapping[str, bytes],
+    say: Say,
+    cache: Path | None = None,
+) -> tuple[bytes, kvm_record.GuestPlace]:
+    """Boot one kernel, run `spec-ctrl-probe kvm --record ... WORDS` on its KVM, and return the record and where it ran.
+
+    files are put into a folder that the guest sees; {folder} in a word is that folder. Raise as study_in_guest().
+    """
     guest.check_requirements()
     cache = cache or default_cache()
     kernel = kernels.obtain(spec, cache, say)
@@ -72,12 +91,14 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         environment["MODULE"] = str(register_model.build(kernel, cache, say))
         environment["PARAMETERS"] = " ".join(parameters)
     with run_folder(cache) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         say(f"booting {kernel.name} {kernel.release} under {accelerator.upper()} ({why})")
-        inside = [sys.executable, "-m", "probe", "kvm", "--record", str(folder / "kvm.json")]
-        inside += ["--write", "--state-dir", STATE, *wanted.arguments]
+        inside = [sys.executable, "-m", "probe", "kvm"]
+        inside += [word.replace("{folder}", str(folder)) for word in words]
         result = guest.run(
             kernel,
-            ["sh", "-c", _WITH_KVM, "sh", *inside],
+            ["sh", "-c", _WITH_KVM, "sh", *inside, "--record", str(folder / "kvm.json")],
             accel=accelerator,
             cpus=_CPUS[accelerator],
             append=wanted.append,
@@ -92,8 +113,8 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         path = folder / "kvm.json"
         if not path.exists():
             raise _no_record(kernel, result)
-        record = kvm_record.decode(path.read_bytes(), f"the record of {kernel.name}")
-    record.guest = kvm_record.GuestPlace(
+        raw = path.read_bytes()
+    place = kvm_record.GuestPlace(
         kernel=kernel.name,
         kernel_version=kernel.version,
         kernel_sha256=kernel.sha256,
@@ -101,10 +122,10 @@ def study_in_guest(spec: str, wanted: Wanted, say: Say, cache: Path | None = Non
         qemu=guest.qemu_version().replace("QEMU emulator version", "QEMU"),
     )
     if wanted.tested is not None:
-        record.guest.tested = hex64(wanted.tested)
+        place.tested = hex64(wanted.tested)
     if wanted.cpu is not None:
-        record.guest.cpu = str(wanted.cpu)
-    return record
+        place.cpu = str(wanted.cpu)
+    return raw, place
 
 
 def _module_parameters(wanted: Wanted) -> list[str]:

@@ -12,15 +12,17 @@ from kernel_harness.kvm.cost import measure_costs
 from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure_host
-from kernel_harness.kvm.migrate import STUDY, STUDY_TO, Moved, move
+from kernel_harness.kvm.migrate import Destination, Leaving, leave_and_arrive, study_destinations
 from kernel_harness.kvm.policed import Judge
 from kernel_harness.kvm.runner import Cpuids, run_program
-from probe.errors import RequirementMissing
+from probe import migration_record as mig
+from probe.errors import RequirementMissing, UsageError
 from probe.models import machines
 from probe.models.cost import Costs
 from probe.models.machine import answers
+from probe.models.migration import BY_NAME as RULES
+from probe.models.moving import STUDY, STUDY_NAME
 from probe.models.policy import POLICIES, Policy
-from probe.models.profile import parse_profile
 from probe.models.program import Answer, format_answer, parse, written
 
 
@@ -125,53 +127,48 @@ def policy_costs(policies: Sequence[Policy], progress: Callable[[int, int], None
     return costs, [text for judge in judges for text in complaints_of(judge)]
 
 
-def migrate_program(
-    text: str, *, source: Policy | None, target: Policy | None, profile: str | None, rule: str
-) -> Outcome:
-    """Move one program's guest, and say what became of it; as expected if it works."""
-    program, _ = parse(text)
-    with Kvm() as kvm, ticking():
-        cpuids = Cpuids(kvm)
-        host = measure_host(kvm, cpuids, features())
-        there = parse_profile(profile) if profile else None
-        judges = [Judge(policy) if policy else None for policy in (source, target)]
-        moved = move(kvm, cpuids, host, program, source=judges[0], target=judges[1], profile=there, rule=rule)
-    lines = [written(program, moved.answers, between="\n"), *_moved_lines(moved)]
-    told = tuple(text for judge in judges if judge for text in complaints_of(judge))
-    return Outcome("\n".join(lines) + "\n", moved.outcome == "works", told)
+def migrate(
+    text: str | None,
+    restore: Sequence[mig.MigrationRecord],
+    *,
+    source: Policy | None,
+    target: Policy | None,
+    profile: str,
+    rule: str,
+    arguments: Sequence[str],
+    identity: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> mig.MigrationRecord:
+    """Move guests on this kernel: a program's, those of the study (no text), or those of other kernels' records.
 
-
-def _moved_lines(moved: Moved) -> list[str]:
-    return [
-        f"# on the source the guest reads {_hex(moved.before)}; sent: {_hex(moved.saved, 'nothing')}",
-        f"# on the destination it reads {_hex(moved.after)}: {moved.outcome}"
-        if moved.outcome != "refused"
-        else "# the destination refuses it",
-    ]
-
-
-def _hex(value: int | None, none: str = "#GP") -> str:
-    return none if value is None else f"{value:#x}"
-
-
-def migrate_study(rule: str) -> Outcome:
-    """Move the guest of July 2020, which has set a bit that the rule of then does not know, under every policy.
-
-    To a destination with the same policy, and to one with the rule of 2020. Always as expected: it is a demonstration.
+    Raise UsageError for a rule, program or combination that is none, and as leave_and_arrive() does.
     """
-    lines = [f"the guest: {STUDY}", f"restored by the rule of {rule}", ""]
-    lines.append(f"{'policy of the source':<26}{'its writes':<12}{'reads':<8}{'to the same':<14}to {STUDY_TO.name}")
-    with Kvm() as kvm, ticking():
-        cpuids = Cpuids(kvm)
-        host = measure_host(kvm, cpuids, features())
-        for policy in (None, *POLICIES):
-            mine, its = (Judge(policy), Judge(policy)) if policy else (None, None)
-            same = move(kvm, cpuids, host, STUDY, source=mine, target=its, rule=rule)
-            old = move(kvm, cpuids, host, STUDY, source=mine, target=Judge(STUDY_TO), rule=rule)
-            name = policy.name if policy else "KVM alone"
-            wrote = " ".join(format_answer(answer) for answer in same.answers)
-            lines.append(f"{name:<26}{wrote:<12}{_hex(same.before):<8}{same.outcome:<14}{old.outcome}")
-    return Outcome("\n".join(lines) + "\n", True)
+    if rule not in RULES:
+        raise UsageError(f"no rule is called {rule!r}", f"one of: {', '.join(RULES)}")
+    if restore and (text is not None or source is not None):
+        raise UsageError("--restore takes guests that have left already", "no program, no --from-policy")
+    studies = {record.study for record in restore}
+    if len(studies) > 1:
+        raise UsageError("the records are of different studies", "restore them one after the other")
+    study = STUDY_NAME if text is None and studies in (set(), {STUDY_NAME}) else ""
+    if study and (source is not None or target is not None or profile):
+        raise UsageError("the study has every policy, and its own CPUID", "give a program with these options")
+    leaving = []
+    if text is not None:
+        leaving = [Leaving(source, parse(text)[0])]
+    elif not restore:
+        leaving = [Leaving(policy, STUDY) for policy in (None, *POLICIES)]
+    to = [Destination(target, profile)]
+    return leave_and_arrive(
+        leaving,
+        [entry for record in restore for entry in record.departures if entry.kernel == record.kernel.release],
+        RULES[rule],
+        study_destinations if study else lambda policy: to,
+        arguments=arguments,
+        study=study,
+        identity=identity,
+        progress=progress,
+    )
 
 
 def _said(answer: Answer | None) -> str:

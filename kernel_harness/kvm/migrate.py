@@ -1,53 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""A live migration between two VMs of our own: a guest runs, its register is saved as a VMM saves it, and restored.
+"""Live migrations between VMs of our own: a guest runs, its register is saved as a VMM saves it, and restored.
 
-The destination has its own policy and guest CPUID. What a VMM restores by is one of the rules of
-probe.models.migration; here it is carried out, there it is calculated.
+The destination has its own policy and guest CPUID; it may be another kernel, which gets the record of the first. What a
+VMM sends and restores is a rule of probe.models.migration; probe.models.moving calculates what is done here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import probe
 from kernel_harness.kvm import guest_code
+from kernel_harness.kvm import host as host_files
 from kernel_harness.kvm.guest_code import Step
-from kernel_harness.kvm.machine import Kvm, Vcpu
-from kernel_harness.kvm.policed import Judge, PolicedLaboratory
+from kernel_harness.kvm.machine import Kvm, Vcpu, ticking
+from kernel_harness.kvm.measure import measure_host
+from kernel_harness.kvm.policed import Judge, maker
 from kernel_harness.kvm.runner import Cpuids, Laboratory, check_program, needs_irqchip
+from kernel_harness.kvm.study import kernel_model, kvm_entry
+from probe import kvm_record
+from probe import migration_record as mig
+from probe.assembly import kernel_entry, machine_entry
+from probe.cpuid.machine import read_machine
 from probe.errors import UsageError
-from probe.models.machine import SPEC_CTRL, Host
-from probe.models.peer_machines import xen_bits
-from probe.models.policy import BY_NAME
-from probe.models.profile import Profile
-from probe.models.program import Answer, Program, parse
+from probe.host import Host as HostFiles
+from probe.journal import now
+from probe.models.machine import SPEC_CTRL, Host, Machine
+from probe.models.migration import Rule
+from probe.models.moving import STUDY_TO, Arrived, Departed, arrive, calculate_arrival, calculate_departure
+from probe.models.policy import BY_NAME, Policy, PolicyMachine
+from probe.models.profile import parse_profile
+from probe.models.program import Program, format_answer
+from probe.models.versions import release_of
+from probe.record import Tool
 
-RULES = ("kvm", "qemu", "xen", "firecracker", "cloud-hypervisor")
 _READ = (Step(guest_code.READ, SPEC_CTRL),)
-
-# The case of the thread: a guest sets a bit that the rule of 2020 does not know (PSFD), and moves.
-STUDY = parse("profile zen2-client-2020; guest-wr 0x48 0x2; guest-wr 0x48 0x82")[0]
-STUDY_TO = BY_NAME["kvm-5.6-mask"]
 
 
 @dataclass(frozen=True)
-class Moved:
-    """What became of one guest.
+class Destination:
+    """Where guests of a departure go: the policy (None: KVM alone) and the guest's CPUID there ("": the same)."""
 
-    answers: to its program on the source. before and after: what the guest reads, None if it takes #GP. saved: what was
-    sent, None if nothing. outcome: "works", "refused", "lost", "changed", or "unreadable" if the guest could read it.
-    """
-
-    answers: tuple[Answer, ...]
-    before: int | None
-    saved: int | None
-    after: int | None
-    outcome: str
+    policy: Policy | None = None
+    profile: str = ""
 
 
-def _make(kvm: Kvm, cpuids: Cpuids, judge: Judge | None, host: Host, irqchip: bool) -> Laboratory:
-    if judge is None:
-        return Laboratory(kvm, cpuids, irqchip=irqchip)
-    return PolicedLaboratory(kvm, cpuids, judge, host, irqchip=irqchip)
+@dataclass(frozen=True)
+class Leaving:
+    """A guest that is to leave this kernel: its policy (None: KVM alone) and its program."""
+
+    policy: Policy | None
+    program: Program
 
 
 def _read(laboratory: Laboratory, vcpu: Vcpu) -> int | None:
@@ -55,54 +62,145 @@ def _read(laboratory: Laboratory, vcpu: Vcpu) -> int | None:
     return None if result.faulted else result.value
 
 
-def move(
-    kvm: Kvm,
-    cpuids: Cpuids,
-    host: Host,
-    program: Program,
-    *,
-    source: Judge | None = None,
-    target: Judge | None = None,
-    profile: Profile | None = None,
-    rule: str = "kvm",
-) -> Moved:
-    """Run a program on the source, and move its guest; profile is the guest's CPUID on the destination (the same).
+class Station:
+    """This kernel's KVM, where guests leave and arrive; it needs ticking() around it.
 
-    It needs ticking() around it. Raise UsageError for a rule or program that is none, KvmError as every run does.
+    complaints says what policies did that is no decision. over is the model that explains the kernel alone.
     """
-    if rule not in RULES:
-        raise UsageError(f"no rule is called {rule!r}", f"one of: {', '.join(RULES)}")
-    check_program(kvm, program)
-    listed = SPEC_CTRL in kvm.get_msr_index_list()
-    with _make(kvm, cpuids, source, host, needs_irqchip(program)) as here:
-        vcpu = here.vcpu(program.profile)
-        answers = tuple(here.run_on(vcpu, program.operations))
-        before = _read(here, vcpu)
-        held = here.saved_value(vcpu)
-    saved = _sent(rule, held, listed, program.profile)
-    with _make(kvm, cpuids, target, host, False) as there:
-        vcpu = there.vcpu(profile or program.profile)
-        took = saved is None or there.host_set(vcpu, SPEC_CTRL, saved)
-        if not took and rule != "cloud-hypervisor":
-            return Moved(answers, before, saved, None, "refused")
-        after = _read(there, vcpu)
-    return Moved(answers, before, saved, after, _outcome(before, after, held))
+
+    def __init__(self, kvm: Kvm, cpuids: Cpuids, host: Host, over: Machine) -> None:
+        self._kvm, self._cpuids, self._host, self._over = kvm, cpuids, host, over
+        self.listed = SPEC_CTRL in kvm.get_msr_index_list()
+        self.complaints: list[str] = []
+
+    def depart(self, leaving: Leaving) -> tuple[Departed, str]:
+        """Run a guest's program and save it; also say what the model says instead, "" if it says the same.
+
+        Raise RequirementMissing or UsageError for a program that cannot run here.
+        """
+        program = leaving.program
+        check_program(self._kvm, program)
+        judge = Judge(leaving.policy) if leaving.policy else None
+        with maker(judge, self._host)(self._kvm, self._cpuids, needs_irqchip(program)) as here:
+            vcpu = here.vcpu(program.profile)
+            answers = tuple(here.run_on(vcpu, program.operations))
+            reads = _read(here, vcpu)
+            departed = Departed(program, answers, reads, here.saved_value(vcpu), self.listed)
+        self._complain(judge)
+        said = calculate_departure(self._model(leaving.policy), program, self._host)
+        return departed, _departure_differs(departed, said)
+
+    def arrive(self, departed: Departed, rule: Rule, to: Destination) -> tuple[Arrived, str]:
+        """Restore a guest on a VM here; also say what the model says instead, "" if it says the same."""
+        profile = parse_profile(to.profile) if to.profile else departed.program.profile
+        judge = Judge(to.policy) if to.policy else None
+        with maker(judge, self._host)(self._kvm, self._cpuids, False) as there:
+            vcpu = there.vcpu(profile)
+            arrived = arrive(
+                departed,
+                rule,
+                self.listed,
+                lambda value: there.host_set(vcpu, SPEC_CTRL, value),
+                lambda: _read(there, vcpu),
+            )
+        self._complain(judge)
+        said = calculate_arrival(departed, self._model(to.policy), rule, self._host, profile, listed=self.listed)
+        return arrived, "" if said == arrived else f"{said.outcome}, reads {_hex(said.reads)}"
+
+    def _model(self, policy: Policy | None) -> Machine | PolicyMachine:
+        """Return the model of kernel and policy; it lives with a policy that raises or loops as the VMM does."""
+        return PolicyMachine(dataclasses.replace(policy, decide=Judge(policy)), self._over) if policy else self._over
+
+    def _complain(self, judge: Judge | None) -> None:
+        if judge is not None:
+            self.complaints += [
+                f"policy {judge.policy.name} {what}: {count} times" for what, count in judge.take_complaints().items()
+            ]
 
 
-def _sent(rule: str, held: int | None, listed: bool, profile: Profile) -> int | None:
-    """Return what a VMM sends of the register; None: nothing."""
-    if held is None or (rule == "qemu" and (not listed or held == 0)) or (rule == "firecracker" and not listed):
-        return None
-    if rule == "xen":
-        return held & (xen_bits(profile) or 0)
-    return held
+def _hex(value: int | None) -> str:
+    return "#GP" if value is None else f"{value:#x}"
 
 
-def _outcome(before: int | None, after: int | None, held: int | None) -> str:
-    if before is not None and after is None:
-        return "unreadable"
-    seen = held or 0 if before is None else before
-    now = after or 0
-    if seen == now:
-        return "works"
-    return "lost" if not now else "changed"
+def _departure_differs(seen: Departed, said: Departed) -> str:
+    """Say in what a model's departure is another one; where the model does not say there is no difference."""
+    for number, (mine, its) in enumerate(zip(seen.answers, said.answers)):
+        if its is not None and its != mine:
+            return f"operation {number + 1} -> {format_answer(its)}"
+    if None in said.answers:
+        return ""
+    if said.reads != seen.reads:
+        return f"reads {_hex(said.reads)}"
+    return "" if said.held == seen.held else f"the VMM reads {_hex(said.held)}"
+
+
+def leave_and_arrive(
+    leaving: Sequence[Leaving],
+    others: Sequence[mig.DepartureEntry],
+    rule: Rule,
+    destinations: Callable[[str], Sequence[Destination]],
+    *,
+    arguments: Sequence[str],
+    study: str = "",
+    identity: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> mig.MigrationRecord:
+    """Let guests leave this kernel, and let these and others, of other kernels' records, arrive on it.
+
+    destinations says where the guest of a policy's name ("": KVM alone) goes. Raise RequirementMissing if there is no
+    KVM, or it cannot hand accesses to a policy; ProbeError if no model explains the kernel.
+    """
+    started, clock = now(), time.monotonic()
+    files = HostFiles()
+    facts = files.facts()
+    cpuid = read_machine(facts.online)
+    with Kvm() as kvm, ticking():
+        cpuids = Cpuids(kvm)
+        host = measure_host(kvm, cpuids, host_files.features(cpuid), ignore_msrs=host_files.ignore_msrs() == "Y")
+        entry = kvm_entry(kvm)
+    over = kernel_model(host, entry.backend, release_of(facts.kernel, facts.kernel_version))
+    departures: list[mig.DepartureEntry] = []
+    arrivals: list[mig.ArrivalEntry] = []
+    with Kvm() as kvm, ticking():
+        station = Station(kvm, Cpuids(kvm), host, over)
+        for one in leaving:
+            departed, differs = station.depart(one)
+            departures.append(
+                mig.departure_entry(departed, facts.kernel, one.policy.name if one.policy else "", differs)
+            )
+        departures += others
+        for number, departure in enumerate(departures):
+            progress(number, len(departures))
+            for to in destinations(departure.policy):
+                arrived, differs = station.arrive(mig.departed_of(departure), rule, to)
+                name = to.policy.name if to.policy else ""
+                arrivals.append(mig.arrival_entry(arrived, number, rule.name, name, to.profile, differs))
+        progress(len(departures), len(departures))
+    return mig.MigrationRecord(
+        kind="migration",
+        schema_version=f"{mig.SCHEMA_MAJOR}.{mig.SCHEMA_MINOR}",
+        tool=Tool(version=probe.__version__, python=platform.python_version(), arguments=list(arguments)),
+        started=started,
+        duration=round(time.monotonic() - clock, 3),
+        machine=machine_entry(facts, cpuid),
+        kernel=kernel_entry(facts, files.taint(), []),
+        kvm=entry,
+        hardware=kvm_record.hardware_entry(host),
+        model=over.name,
+        departures=departures,
+        arrivals=arrivals,
+        study=study,
+        complaints=station.complaints,
+        identity=identity,
+    )
+
+
+def study_destinations(policy: str) -> list[Destination]:
+    """Return where a guest of the study goes: to the same policy, and to the mask of 2020.
+
+    Raise UsageError for a policy that is not built in.
+    """
+    if policy and policy not in BY_NAME:
+        raise UsageError(f"no policy is called {policy!r}", f"one of: {', '.join(BY_NAME)}")
+    same = Destination(BY_NAME[policy] if policy else None)
+    return [same, Destination(STUDY_TO)]

@@ -83,7 +83,7 @@ def study(
         cpuids = Cpuids(kvm)
         host = measure_host(kvm, cpuids, host_files.features(cpuid), ignore_msrs=host_files.ignore_msrs() == "Y")
         wanted = list(profiles) if profiles is not None else default_profiles(cpuids.mask())
-        entry = _kvm_entry(kvm)
+        entry = kvm_entry(kvm)
     version = release_of(facts.kernel, facts.kernel_version)
     models: dict[str, Machine | PolicyMachine] = {machine.name: machine for machine in MACHINES}
     judge = None
@@ -196,7 +196,8 @@ def _contradicted(model: str, explored: Sequence[kvm_record.ExploredEntry]) -> b
     return any(entry.model == model and entry.divergence for entry in explored)
 
 
-def _kvm_entry(kvm: Kvm) -> kvm_record.KvmEntry:
+def kvm_entry(kvm: Kvm) -> kvm_record.KvmEntry:
+    """Return what this KVM offers to userspace, and how its modules are set."""
     return kvm_record.KvmEntry(
         backend=host_files.backend(),
         ignore_msrs=host_files.ignore_msrs(),

@@ -53,71 +53,87 @@ class Move:
         return "lost" if self.lost else "works"
 
 
+# (what the guest holds, whether the register is listed on the source, the guest's CPUID) -> what is sent of it
+Sends = Callable[[int, bool, Profile], "int | None"]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How one VMM moves the register."""
+    """How one VMM moves the register.
+
+    sends says what of it goes into the stream, None: nothing. asks_list: the destination writes it only if its own KVM
+    lists it. forgives: a value that is refused is left out, and the guest goes on without.
+    """
 
     name: str
     title: str
     source: str
-    move: Callable[[Side, Side, int], Move]  # (from, to, the bits that the guest holds)
+    sends: Sends
+    asks_list: bool = False
+    forgives: bool = False
+
+    def move(self, source: Side, target: Side, held: int) -> Move:
+        """Say what becomes of the bits of a mask that a guest holds."""
+        sent = self.sends(held, source.listed, Profile(source.guest))
+        if sent is None or (self.asks_list and not target.listed):
+            return Move(lost=held)
+        clamped, refused = held & ~sent, sent & ~target.takes
+        lost = clamped | sent & target.takes & ~target.keeps
+        if not self.forgives:
+            return Move(refused, lost, refuses_all=not target.listed)
+        # One bit that is refused leaves the whole value out, the bits that would have been taken with it.
+        return Move(lost=held if refused or not target.listed else lost)
 
 
-def _kvm(source: Side, target: Side, held: int) -> Move:
-    return Move(refused=held & ~target.takes, lost=held & target.takes & ~target.keeps)
+def _everything(held: int, listed: bool, guest: Profile) -> int | None:
+    return held
 
 
-def _qemu(source: Side, target: Side, held: int) -> Move:
-    if not source.listed or not target.listed:  # not read, or not written
-        return Move(lost=held)
-    return _kvm(source, target, held)
+def _if_listed(held: int, listed: bool, guest: Profile) -> int | None:
+    return held if listed else None
 
 
-def _xen(source: Side, target: Side, held: int) -> Move:
-    """Clamp on the source to what the guest's policy has (nothing, if it has no such register), then as KVM alone."""
-    allowed = xen_bits(Profile(source.guest)) or 0
-    there = _kvm(source, target, held & allowed)
-    return Move(refused=there.refused, lost=held & ~allowed | there.lost)
+def _if_listed_and_not_0(held: int, listed: bool, guest: Profile) -> int | None:
+    return held if listed and held else None
 
 
-def _firecracker(source: Side, target: Side, held: int) -> Move:
-    if not source.listed:  # it saves what is listed
-        return Move(lost=held)
-    return Move(refused=held, refuses_all=True) if not target.listed else _kvm(source, target, held)
-
-
-def _cloud_hypervisor(source: Side, target: Side, held: int) -> Move:
-    """One bit that is refused leaves the whole value out, the bits that would have been taken with it."""
-    if not target.listed or held & ~target.takes:
-        return Move(lost=held)
-    return Move(lost=held & ~target.keeps)
+def _clamped(held: int, listed: bool, guest: Profile) -> int | None:
+    """Send what the guest's policy has; nothing of it, if that has no such register."""
+    return held & (xen_bits(guest) or 0)
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("kvm", "KVM_SET_MSRS alone: a short count is a refusal", "linux Documentation/virt/kvm/api.rst", _kvm),
+    Rule(
+        "kvm",
+        "KVM_SET_MSRS alone: a short count is a refusal",
+        "linux Documentation/virt/kvm/api.rst",
+        _everything,
+    ),
     Rule(
         "qemu",
         "QEMU: in the stream if listed and not 0; a refusal aborts the destination; not listed there: lost",
         "QEMU 10.0.50 target/i386/kvm/kvm.c, kvm_buf_set_msrs(); machine.c, subsection cpu/spec_ctrl",
-        _qemu,
+        _if_listed_and_not_0,
+        asks_list=True,
     ),
     Rule(
         "xen",
         "Xen: the source clamps to the guest's policy",
         "xen 969a57f73f (2022-01-19)",
-        _xen,
+        _clamped,
     ),
     Rule(
         "firecracker",
         "Firecracker: a short count is an error",
         "Firecracker src/vmm/src/arch/x86_64/msr.rs, SERIALIZABLE_MSR_RANGES",
-        _firecracker,
+        _if_listed,
     ),
     Rule(
         "cloud-hypervisor",
         "cloud-hypervisor: an MSR that fails is left out",
         "cloud-hypervisor pull request 1543",
-        _cloud_hypervisor,
+        _everything,
+        forgives=True,
     ),
 )
 BY_NAME = {rule.name: rule for rule in RULES}

@@ -138,11 +138,18 @@ def _emulate(mask: Callable[[Host, Profile], int]) -> Decide:
     return decide
 
 
+_INTEL = mask_of_features((f.SPEC_CTRL, f.INTEL_STIBP, f.SPEC_CTRL_SSBD))
+
+
 def _mask_then_through(name: str) -> Decide:
-    """Return the rule of an era that let guests through after the first accepted value that is not 0."""
-    era = next(machine for machine in kvm_machines.MACHINES if machine.name == name)
+    """Return the rule of an era that let guests through after the first accepted value that is not 0.
+
+    It is kvm_intel's where the host's CPUID has bits of leaf 7, as only Intel's has, else kvm_amd's.
+    """
+    eras = {one.name: one for one in kvm_machines.MACHINES}
 
     def decide(host: Host, guest: Profile, vcpu: VcpuState, value: int) -> Decision:
+        era = eras[f"{name}-vmx" if host.features & _INTEL else f"{name}-svm"]
         allowed = era.test(guest, host)
         if not (vcpu.by_host or era.gate(guest.mask, host.caps)) or allowed is None or value & ~allowed:
             return fault()
@@ -213,15 +220,15 @@ POLICIES: tuple[Policy, ...] = (
     ),
     Policy(
         "kvm-5.6-mask",
-        "the mask of v5.6 (kvm_amd's gate), let through after the first value that is not 0",
+        "the mask of v5.6, let through after the first value that is not 0",
         "Linux commit 6441fa6178f5 (v5.6)",
-        _mask_then_through("kvm-5.6-svm"),
+        _mask_then_through("kvm-5.6"),
     ),
     Policy(
         "maxim-v1",
         "the mask proposed on 2 July 2020, let through after the first value that is not 0",
         "20200702174455.282252-1-mlevitsk@redhat.com; never merged",
-        _mask_then_through("kvm-maxim-v1-svm"),
+        _mask_then_through("kvm-maxim-v1"),
     ),
     Policy(
         "hardware-test",
@@ -326,6 +333,22 @@ class PolicyMachine:
                 after = self._by_kernel(after, Operation(Kind.HOST_SET, SPEC_CTRL, value))[0]
                 after = replace(after, vcpu=VcpuState(value))
         return after, answer
+
+    def saved(self, state: PolicyState) -> int | None:
+        """Return what a VMM saves of MSR 0x48: what it knows itself, until the policy has let go; None if refused."""
+        if not (self.policy.opens or state.through):
+            return state.vcpu.shadow if self.policy.reads else state.vcpu.value
+        _, answer = self._by_kernel(state, Operation(Kind.HOST_GET, SPEC_CTRL))
+        return answer if isinstance(answer, int) else None
+
+    def asked_for(self, profile: Profile, host: Host) -> int:
+        """Return which accesses come to the VMM once a guest has set a bit, a mask of DENY_READ and DENY_WRITE."""
+        state = self.start(profile, host)
+        for bit in range(64):
+            state, answer = self.step(state, Operation(Kind.GUEST_WR, SPEC_CTRL, 1 << bit))
+            if answer is Word.OK:
+                break
+        return 0 if state.through else self.policy.denied
 
     def _by_kernel(self, state: PolicyState, operation: Operation) -> tuple[PolicyState, Answer | None]:
         kernel, answer = step(self.kernel, state.kernel, operation)

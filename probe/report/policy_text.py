@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from probe.models.cost import Cost, Costs, switches_for_one_percent
 from probe.models.difference import Difference
 from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus
-from probe.models.machine import Machine, Stepping
+from probe.models.machine import DENY_READ, DENY_WRITE, Machine, Stepping
 from probe.models.migration import Rule
-from probe.models.policy import POLICIES, Policy
+from probe.models.moving import STUDY_CPU
+from probe.models.policy import POLICIES, Policy, PolicyMachine
 from probe.models.program import format_answer, written
 from probe.registers import SPEC_CTRL
 from probe.report.layout import joined, paragraph
@@ -51,33 +52,74 @@ def compared(one: Policy, other: Policy, over: Machine, found: Difference | None
     return joined([*lines, *(told or ["  none"])])
 
 
-def survival(machines: Sequence[Stepping | Machine], names: Sequence[str]) -> str:
-    """Return for each policy the named CPUs on which each system takes #GP."""
-    lines = ["guests that take #GP: named CPUs as hosts, their guests as KVM offers them"]
-    lines += [line for system in SYSTEMS for line in paragraph(system.title, f"  {system.name:<10}", " " * 12)]
-    lines.append("")
-    for machine, name in zip(machines, names):
-        dead = {system.name: [cpu.name for cpu in cpus() if breaks(machine, cpu, system)] for system in SYSTEMS}
-        told = "; ".join(f"{system}: {', '.join(found)}" for system, found in dead.items() if found)
-        lines += paragraph(told or "none", f"  {name:<26}", " " * 28)
+_ASKED = {0: "none", DENY_WRITE: "writes", DENY_READ | DENY_WRITE: "all"}
+
+
+def summary(machines: Sequence[PolicyMachine], rule: Rule, found: Costs | None) -> str:
+    """Return one line for each policy: guests that break, moves that break, what each access costs.
+
+    found is what was measured, None if nothing was.
+    """
+    heads = [f"{'':<26}{'guests':>9}{'moves':>9}{'moves':>6}  {'accesses':<10}"]
+    heads.append(f"{'policy':<26}{'take #GP':>9}{'refused':>9}{'lost':>6}  {'to the VMM':<10}")
+    if found is not None:
+        heads[0] += f"{'WRMSR,':>10}"
+        heads[1] += f"{'cycles':>10}"
+    lines = [head.rstrip() for head in heads]
+    measured = {name.partition(",")[0]: (name, write) for name, write, _ in found.policies} if found else {}
+    for machine in machines:
+        dead = sum(breaks(machine, cpu, system) is not None for cpu in cpus() for system in SYSTEMS)
+        words = [done.word for *_, done in broken_moves(machine, rule)]
+        line = f"{machine.policy.name:<26}{dead:>9}{words.count('refused'):>9}{words.count('lost'):>6}"
+        line += f"  {_ASKED[machine.asked_for(STUDY_CPU.guest, STUDY_CPU.host)]:<10}"
+        if machine.policy.name in measured:
+            name, write = measured[machine.policy.name]
+            line += f"{'#GP' if write.median is None else format(write.median, ','):>10}{'*' if ',' in name else ''}"
+        lines.append(line.rstrip())
+    each = len(cpus())
+    lines += [
+        "",
+        *paragraph(
+            f"guests: of {each * len(SYSTEMS)}, {len(SYSTEMS)} systems on {each} named CPUs. moves: of "
+            f"{each * (each - 1)} between these CPUs, by the rule of {rule.name}. accesses: those of a guest that has "
+            "set a bit and still come to the VMM, an exit each; KVM answers the others, or nobody needs to."
+        ),
+    ]
+    if any("," in name for name, _ in measured.values()):
+        lines += paragraph("* took no bit on this machine, so that its guest was not let through when it was timed")
     return joined(lines)
 
 
-def moves(machines: Sequence[Stepping | Machine], names: Sequence[str], rule: Rule) -> str:
+def survival(machines: Sequence[PolicyMachine]) -> str:
+    """Return for each policy the named CPUs on which each system takes #GP."""
+    lines = paragraph(
+        "guests that take #GP: named CPUs as hosts, their guests as KVM offers them, each policy over KVM's rule of "
+        "Linux v6.19 (kvm_amd's and kvm_intel's give the same)"
+    )
+    lines += [line for system in SYSTEMS for line in paragraph(system.title, f"  {system.name:<10}", " " * 12)]
+    lines.append("")
+    for machine in machines:
+        dead = {system.name: [cpu.name for cpu in cpus() if breaks(machine, cpu, system)] for system in SYSTEMS}
+        told = "; ".join(f"{system}: {', '.join(names)}" for system, names in dead.items() if names)
+        lines += paragraph(told or "none", f"  {machine.policy.name:<26}", " " * 28)
+    return joined(lines)
+
+
+def moves(machines: Sequence[PolicyMachine], rule: Rule) -> str:
     """Return for each policy, on source and destination, the moves between named CPUs that break."""
     lines = paragraph(
         f"moves that break between these CPUs, the policy on both, the guest with the CPUID that both offer; "
         f"rule {rule.name}: {rule.title}"
     )
     lines.append("")
-    for machine, name in zip(machines, names):
+    for machine in machines:
         found = broken_moves(machine, rule)
         kinds = {word: sum(done.word == word for *_, done in found) for word in ("refused", "lost")}
         told = ", ".join(f"{count} {word}" for word, count in kinds.items() if count) or "none"
         if found:
             source, target, done = found[0]
             told += f"; such as {source} to {target}, {SPEC_CTRL.describe(done.refused or done.lost)}"
-        lines += paragraph(told, f"  {name:<26}", " " * 28)
+        lines += paragraph(told, f"  {machine.policy.name:<26}", " " * 28)
     return joined(lines)
 
 

@@ -9,12 +9,15 @@ import pytest
 from msgspec import UNSET
 
 from kernel_harness.boot.kvm import Wanted, study_in_guest, study_kernels
+from kernel_harness.boot.migrate import move_between
 from probe import kvm_record
 from probe.errors import GuestLost, RequirementMissing
 from probe.masks import ALL_BITS, hex64
+from probe.migration_record import as_calculated
+from probe.models.policy import POLICIES
 from probe.models.profile import parse_profile
 from probe.models.program import parse
-from probe.report import kvm_text
+from probe.report import kvm_text, moved_text
 
 pytestmark = pytest.mark.boot
 
@@ -123,3 +126,26 @@ def test_a_kernel_that_panics_is_lost_with_its_last_words() -> None:
 def test_a_kernel_without_kvm_for_this_cpu_is_named() -> None:
     with pytest.raises(RequirementMissing, match="debian:bookworm has no KVM for this guest's CPU"):
         study("debian:bookworm", 0, append=("module_blacklist=kvm_amd,kvm_intel",))
+
+
+def test_guests_that_move_from_one_kernel_to_another() -> None:
+    """The study of the thread, from each kernel's KVM to the other's; every outcome as the models of both say."""
+    specs = ["debian:bookworm", "debian:trixie"]
+    done = move_between(specs, Wanted(cpu=ZEN2, tested=0x86), None, [], ["--rule=kvm"], print)
+    records = [one.record for one in done if one.record is not None]
+    assert len(records) == 2, [str(one.error) for one in done]
+    for record, other in zip(records, reversed(records)):
+        kernels = [one.kernel for one in record.departures]
+        assert sorted(set(kernels)) == sorted({record.kernel.release, other.kernel.release})
+        assert kernels.count(record.kernel.release) == kernels.count(other.kernel.release) == len(POLICIES) + 1
+        assert len(record.arrivals) == 2 * len(kernels)
+        assert as_calculated(record), [one.differs for one in record.departures] + [
+            one.differs for one in record.arrivals
+        ]
+        assert record.guest is not UNSET
+        assert record.guest.tested == hex64(0x86)
+        shadowed = [at for at, one in enumerate(record.departures) if one.policy == "forced-shadow"]
+        outcomes = [[one.outcome for one in record.arrivals if one.departure == at] for at in shadowed]
+        assert outcomes == [["works", "refused"]] * 2
+    assert [record.model for record in records] == ["kvm-6.1-svm", "kvm-6.6-svm"]
+    assert all(len(line) <= 75 for line in moved_text.render(records).splitlines())

@@ -6,25 +6,31 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from msgspec import UNSET
 
 from kernel_harness.kvm import uapi
-from kernel_harness.kvm.commands import migrate_program, migrate_study, policy_costs
+from kernel_harness.kvm.commands import migrate, policy_costs
 from kernel_harness.kvm.explore import explore
 from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure, measure_host
+from kernel_harness.kvm.migrate import Destination, Leaving, Station
 from kernel_harness.kvm.policed import Judge, PolicedLaboratory, maker
 from kernel_harness.kvm.policy_file import find
 from kernel_harness.kvm.runner import Cpuids, run_program
 from kernel_harness.kvm.study import kernel_model, study
 from probe import kvm_record
-from probe.errors import RequirementMissing, UsageError
-from probe.models.machine import Host, Machine
+from probe.errors import RequirementMissing
+from probe.masks import hex64
+from probe.migration_record import MigrationRecord, as_calculated, encode
+from probe.models.machine import SPEC_CTRL, Host, Machine
+from probe.models.machines import get
 from probe.models.matrix import fit
+from probe.models.migration import BY_NAME as RULES
 from probe.models.policy import BY_NAME, POLICIES, Policy, PolicyMachine, complete
 from probe.models.profile import NAMED, parse_profile
 from probe.models.program import Word, format_answer, parse
@@ -155,22 +161,29 @@ def test_costs_are_those_of_exits(kvm: Kvm) -> None:
 # --- migration -------------------------------------------------------------------------------------------------------
 
 
+def moved(
+    text: str, source: Policy | None, target: Policy | None, profile: str = "", rule: str = "kvm"
+) -> MigrationRecord:
+    return migrate(text, [], source=source, target=target, profile=profile, rule=rule, arguments=[])
+
+
 def test_a_guest_that_moves() -> None:
     text = "profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3; guest-rd 0x48"
     emulate, old = BY_NAME["forced-shadow"], BY_NAME["kvm-5.6-mask"]
-    works = migrate_program(text, source=emulate, target=emulate, profile=None, rule="kvm")
-    assert works.as_expected
-    assert "it reads 0x3: works" in works.text
-    refused = migrate_program(text, source=emulate, target=old, profile="empty", rule="kvm")
-    assert not refused.as_expected
-    assert "refuses it" in refused.text
-    lost = migrate_program(text, source=emulate, target=old, profile="empty", rule="cloud-hypervisor")
-    assert "lost" in lost.text
+    works = moved(text, emulate, emulate)
+    assert [(one.outcome, one.reads) for one in works.arrivals] == [("works", hex64(3))]
+    assert as_calculated(works)
+    assert works.departures[0].program.endswith("guest-wr 0x48 0x3 -> ok; guest-rd 0x48 -> 0x3")
+    assert works.departures[0].held == hex64(3)
+    refused = moved(text, emulate, old, "empty")
+    assert [one.outcome for one in refused.arrivals] == ["refused"]
+    assert as_calculated(refused)
+    lost = moved(text, emulate, old, "empty", "cloud-hypervisor")
+    assert [one.outcome for one in lost.arrivals] == ["lost"]
     mine = Policy("mine", "", "", lambda *given: 7)  # type: ignore[arg-type]
-    nonsense = migrate_program(text, source=mine, target=old, profile=None, rule="kvm")
-    assert any("returned 7, no Decision" in one for one in nonsense.complaints)
-    with pytest.raises(UsageError, match="no rule is called"):
-        migrate_program(text, source=None, target=None, profile=None, rule="vmware")
+    nonsense = moved(text, mine, old)
+    assert any("policy mine returned 7, no Decision" in one for one in nonsense.complaints)
+    assert as_calculated(nonsense), "the model lives with it as the VMM does"
 
 
 def test_the_destination_may_change_what_it_takes() -> None:
@@ -179,13 +192,62 @@ def test_the_destination_may_change_what_it_takes() -> None:
 
     text = "profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3"
     target = Policy("clears", "", "", decide, reads=True)  # type: ignore[arg-type]
-    moved = migrate_program(text, source=BY_NAME["forced-shadow"], target=target, profile=None, rule="kvm")
-    assert "it reads 0x1: changed" in moved.text
+    done = moved(text, BY_NAME["forced-shadow"], target)
+    assert [(one.outcome, one.reads) for one in done.arrivals] == [("changed", hex64(1))]
+    assert as_calculated(done)
 
 
-def test_the_study_of_the_thread_has_every_policy() -> None:
-    text = migrate_study("kvm").text
-    for policy in POLICIES:
-        assert f"\n{policy.name} " in text
-    line = next(line for line in text.splitlines() if line.startswith("hardware-test"))
-    assert line.split()[-1] == "refused", "what the rule of 2020 does not know"
+def test_a_destination_without_the_register(kvm: Kvm, cpuids: Cpuids, host: Host, over: Machine) -> None:
+    """A KVM that does not list MSR 0x48: QEMU does not write it there, and the guest does not have its value."""
+
+    class Unlisting(Kvm):
+        def get_msr_index_list(self) -> list[int]:
+            return [index for index in super().get_msr_index_list() if index != SPEC_CTRL]
+
+    program = parse("profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3")[0]
+    shadow = BY_NAME["forced-shadow"]
+    departed, differs = Station(kvm, cpuids, host, over).depart(Leaving(shadow, program))
+    assert (departed.held, differs) == (0x3, "")
+    departed = replace(departed, listed=True)
+    with Unlisting() as unlisting:
+        target = Station(unlisting, cpuids, host, over)
+        arrived, differs = target.arrive(departed, RULES["qemu"], Destination(shadow))
+        assert (arrived.sent, arrived.reads, arrived.outcome, differs) == (0x3, 0x0, "lost", "")
+        arrived, differs = target.arrive(departed, RULES["kvm"], Destination(shadow))
+        assert (arrived.outcome, differs) == ("works", ""), "who does not ask the list writes it"
+
+
+def test_the_study_of_the_thread_is_as_its_models_say() -> None:
+    record = migrate(None, [], source=None, target=None, profile="", rule="kvm", arguments=[])
+    assert record.study == "thread-2020"
+    assert [one.policy for one in record.departures] == ["", *(policy.name for policy in POLICIES)]
+    assert len(record.arrivals) == 2 * len(record.departures)
+    assert as_calculated(record), [one.differs for one in record.departures] + [one.differs for one in record.arrivals]
+    (number,) = [at for at, one in enumerate(record.departures) if one.policy == "hardware-test"]
+    outcomes = [one.outcome for one in record.arrivals if one.departure == number]
+    assert outcomes[-1] == "refused", "what the mask of 2020 does not know"
+
+
+def test_a_wrong_model_is_told(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
+    """Held against a rule that this KVM does not follow, guests leave otherwise than it says."""
+    wrong = Station(kvm, cpuids, host, get("virtualbox"))
+    told = [wrong.depart(Leaving(None, parse(f"profile AMD_IBRS; guest-wr 0x48 {1 << bit:#x}")[0])) for bit in (0, 9)]
+    assert any(differs for _, differs in told)
+
+
+def test_guests_that_left_elsewhere_arrive_here(tmp_path: Path) -> None:
+    """The record of one kernel is what another restores from."""
+    left = moved("profile AMD_IBRS,AMD_STIBP; guest-wr 0x48 0x3", BY_NAME["forced-shadow"], None)
+    left.kernel.release = left.departures[0].kernel = "5.0-elsewhere"
+    path = tmp_path / "left.json"
+    path.write_bytes(encode(left))
+    done = subprocess.run(
+        [sys.executable, "-m", "probe", "kvm", "migrate", "--restore", str(path), "--to-policy", "forced-shadow"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "measured, 5.0-elsewhere to" in done.stdout
+    assert "under forced-shadow, it reads 0x3: works" in " ".join(done.stdout.replace("# ", "").split())
