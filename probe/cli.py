@@ -558,12 +558,14 @@ def _migrate(arguments: argparse.Namespace) -> int:
     paths = [Path(path) for path in arguments.records]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
     places = []
+    left_out = 0
     for path in sorted(folder.rglob("*.json")) if folder else paths:
         try:
             places.append(place_of(store.read_any(path), str(path.relative_to(folder)) if folder else path.name))
         except RecordError as error:
             if folder is None:
                 raise
+            left_out += 1
             _say(f"left out: {error}")
     if len(places) < 2:
         raise UsageError("a migration needs two records", "give two records, or a folder that holds some")
@@ -574,6 +576,8 @@ def _migrate(arguments: argparse.Namespace) -> int:
         sys.stdout.write(migrate_text.pair(*places) + "\n" + migrate_text.pair(*reversed(places)))
     else:
         sys.stdout.write(migrate_text.matrix(groups, BY_NAME[arguments.rule]))
+    if left_out and not arguments.json:
+        sys.stdout.write("\n" + migrate_text.left_out(left_out))
     broken = migrate_text.breaks(groups, BY_NAME[arguments.rule])
     return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
 

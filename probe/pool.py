@@ -93,7 +93,9 @@ def _of_run(record: rec.Record, name: str) -> Place:
     cpus = entries.cpuid_of_groups(cpuid)
     features = profile_of(cpus[min(cpus)]).mask
     side = Side(holds, takes, keeps, listed=takes != 0, offers=offered(features), guest=offered(features))
-    return Place(name, f"{_machine(record)}, its own register", {ANY: side})
+    guests = record.machine.under_hypervisor or record.place.kind == "guest"
+    whose = "the register of a guest, as a KVM inside would pass it on" if guests else "its own register"
+    return Place(name, f"{_machine(record)}, {whose}", {ANY: side})
 
 
 def _machine(record: AnyRecord) -> str:
@@ -129,10 +131,15 @@ def move(rule: Rule, source: Place, target: Place) -> Move:
     return Move(refused, lost, refuses_all)
 
 
+def in_common(places: Sequence[Place]) -> list[str]:
+    """Name the guest profiles that all places know; a machine's own register stands for every one."""
+    names = [set(place.sides) for place in places if ANY not in place.sides]
+    return sorted(set.intersection(*names)) if names else [ANY]
+
+
 def mended(places: Sequence[Place]) -> Mend:
     """Find what guests of a pool must not have, profile by profile; what is found for each is put together."""
-    names = [set(place.sides) for place in places if ANY not in place.sides]
-    common = sorted(set.intersection(*names)) if names else [ANY]
+    common = in_common(places)
     found = [mend([place.sides.get(name) or place.sides[ANY] for place in places]) for name in common]
     keeps, hide, closes = ALL_BITS, 0, 0
     for one in found:

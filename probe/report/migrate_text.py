@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from probe.masks import format_bits, hex64
 from probe.models.migration import RULES, Mend, Move, Rule
 from probe.models.profile import Profile
-from probe.pool import Group, Place, features_of, mended, move, pairs
+from probe.pool import ANY, Group, Place, features_of, in_common, mended, move, pairs
 from probe.registers import SPEC_CTRL
 from probe.report.layout import clean, joined, paragraph
 
@@ -69,10 +69,18 @@ def _named(mask: int) -> str:
     )
 
 
+def left_out(count: int) -> str:
+    """Say that a folder held files that are no records of machines."""
+    return joined(paragraph(f"{count} files of this folder were LEFT OUT, as said on standard error"))
+
+
 def matrix(groups: Sequence[Group], rule: Rule) -> str:
     """Return a pool under one rule: from (row) to (column); and what would make it safe."""
     count = sum(len(group.places) for group in groups)
     lines = paragraph(f"{count} records, {len(groups)} kinds of machine, rule {rule.name}: {rule.title}")
+    profiles = in_common([group.first for group in groups])
+    if profiles != [ANY]:
+        lines += paragraph(f"all know {len(profiles)} guest CPUIDs; two are compared for those that both know")
     lines.append("")
     for number, group in enumerate(groups, 1):
         more = f" and {len(group.places) - 1} more" if len(group.places) > 1 else ""

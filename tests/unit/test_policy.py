@@ -415,6 +415,7 @@ def test_a_folder_with_other_files_in_it(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["migrate", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert err.count("left out: ") == 3
+    assert "3 files of this folder were LEFT OUT" in out, "a pool that is not whole says so where it is read"
     assert "a/x.json" in out, "a file is called by its path in the folder"
 
 
