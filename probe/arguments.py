@@ -305,8 +305,27 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         "the registers back, writes the saved values and verifies them; else only tells what happened.",
     )
     restore.add_argument("--state-dir", metavar="DIR", help="folder of the journal (default /var/lib/spec-ctrl-probe)")
-    show = commands.add_parser("show", help="print a record as text for a mail")
+    show = commands.add_parser("show", help="print a record as text")
     show.add_argument("record", metavar="RECORD", help="a record; - for standard input")
+    diff = commands.add_parser(
+        "diff",
+        help="say what moved between two records, or two folders of them",
+        description="What moved per bit, profile, initiator and model, one cause a line; and what else differs "
+        "(kernel, microcode, firmware, mitigations), by which the comparison can be judged. Exit code 0: both saw the "
+        "same; 1: they did not.",
+    )
+    diff.add_argument("before", metavar="A", help="a record, or a folder of records")
+    diff.add_argument("after", metavar="B", help="another")
+    for parser in (show, diff):
+        parser.add_argument(
+            "--format",
+            choices=("text", "mail"),
+            default="text",
+            help="mail: for a review, with SHA-256",
+        )
+        parser.add_argument(
+            "--tester", default="", metavar="'NAME <MAIL>'", help="in a mail: end with Tested-by: of this"
+        )
     models = commands.add_parser(
         "models",
         help="list the models, or find where two of them differ",

@@ -28,6 +28,7 @@ from probe.masks import format_list
 if TYPE_CHECKING:
     from probe import record as rec
     from probe.cpuid.dumps import Dump
+    from probe.diff import AnyRecord
     from probe.doctor import Check
     from probe.migration_record import MigrationRecord
     from probe.models.machine import Machine
@@ -852,19 +853,69 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from probe import kvm_record, migration_record, store
+    from probe import kvm_record
     from probe import record as rec
-    from probe.report import kvm_text, moved_text, text
+    from probe.report import kvm_text, mail, moved_text, text
 
-    raw, name = store.read_raw(arguments.record, sys.stdin.buffer)
-    kind, _ = rec.record_kind(raw)
-    if kind == "kvm":
-        sys.stdout.write(kvm_text.render(kvm_record.decode(raw, name), rows=1000))
-    elif kind == migration_record.KIND:
-        sys.stdout.write(moved_text.render([migration_record.decode(raw, name)]))
+    record, sha256 = _record_and_hash(arguments.record)
+    if arguments.format == "mail":
+        sys.stdout.write(mail.render(record, sha256, arguments.tester))
+    elif isinstance(record, kvm_record.KvmRecord):
+        sys.stdout.write(kvm_text.render(record, rows=1000))
+    elif isinstance(record, rec.Record):
+        sys.stdout.write(text.render(record))
     else:
-        sys.stdout.write(text.render(rec.decode(raw, name)))
+        sys.stdout.write(moved_text.render([record]))
     return int(ExitCode.AS_PREDICTED)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from probe.diff import compare, compare_sets
+    from probe.report import diff_text
+    from probe.report.mail import signed
+
+    mail = arguments.format == "mail"
+    ending = signed(arguments.tester) if mail else ""
+    paths = [Path(arguments.before), Path(arguments.after)]
+    if any(path.is_dir() for path in paths):
+        sides = [_records_below(path) for path in paths]
+        for path, side in zip(paths, sides):
+            if not side:
+                raise RecordError(f"there is no record in {path.name}", "give folders that hold records")
+        found = compare_sets(*([(name, record) for name, record, _ in side] for side in sides))
+        files = [{name: diff_text.File(name, sha256) for name, _, sha256 in side} for side in sides]
+        hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
+        told = diff_text.render_sets(found, paths[0].name, paths[1].name, hashes if mail else ())
+        sys.stdout.write(told + ending)
+        return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
+    (before, one), (after, other) = (_record_and_hash(str(path)) for path in paths)
+    comparison = compare(before, after)
+    first, second = (diff_text.File(path.name or "-", sha256) for path, sha256 in zip(paths, (one, other)))
+    sys.stdout.write(diff_text.render(comparison, first, second, hashes=mail) + ending)
+    return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
+
+
+def _record_and_hash(path: str) -> tuple[AnyRecord, str]:
+    """Read a record of any kind, and the SHA-256 of its bytes."""
+    import hashlib
+
+    from probe import store
+
+    raw, name = store.read_raw(path, sys.stdin.buffer)
+    return store.decode_any(raw, name), hashlib.sha256(raw).hexdigest()
+
+
+def _records_below(folder: Path) -> list[tuple[str, AnyRecord, str]]:
+    """Read the records below a folder, or of one file: name, record, SHA-256; what is none is told and left out."""
+    found = []
+    for path in sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]:
+        try:
+            record, sha256 = _record_and_hash(str(path))
+        except RecordError as error:
+            _say(f"left out: {error}")
+            continue
+        found.append((str(path.relative_to(folder)) if folder.is_dir() else path.name, record, sha256))
+    return found
 
 
 def _models(arguments: argparse.Namespace) -> int:
@@ -926,6 +977,7 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "restore": _restore,
     "show": _show,
+    "diff": _diff,
     "models": _models,
     "migrate": _migrate,
     "schema": _schema,

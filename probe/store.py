@@ -13,7 +13,8 @@ from typing import BinaryIO
 from probe.errors import RecordError
 from probe.kvm_record import KvmRecord
 from probe.kvm_record import decode as decode_kvm
-from probe.migration_record import MigrationRecord
+from probe.migration_record import KIND, MigrationRecord
+from probe.migration_record import decode as decode_migration
 from probe.record import Machine, Record, decode, record_kind
 
 LARGEST_RECORD = 64 << 20
@@ -63,6 +64,14 @@ def read_any(path: Path) -> Record | KvmRecord:
     if kind not in ("", "kvm"):
         raise RecordError(f"{name} is a record of another kind: {kind[:20]!r}", "spec-ctrl-probe show prints it")
     return decode_kvm(raw, name) if kind else decode(raw, name)
+
+
+def decode_any(raw: bytes, name: str) -> Record | KvmRecord | MigrationRecord:
+    """Read a record of any kind; raise RecordError if it is none."""
+    kind, _ = record_kind(raw)
+    if kind == "kvm":
+        return decode_kvm(raw, name)
+    return decode_migration(raw, name) if kind == KIND else decode(raw, name)
 
 
 def write_atomically(raw: bytes, path: Path, *, replace: bool) -> Path:

@@ -21,18 +21,19 @@ from probe.report.layout import LABEL, WIDTH, clean, field, fields, joined, para
 
 def render(record: rec.Record) -> str:
     """Return the whole report: findings first, then machine, masks, bits, models and the proof of restore."""
-    lines = [*_head(record), "", *_findings(record), "", *_machine(record), ""]
-    for entry in _walked_groups(record):
-        lines += [*_masks(record, entry), "", *_bits(record, entry), ""]
+    lines = [*headline(record), "", *findings(record), "", *_machine(record), ""]
+    for entry in walked_groups(record):
+        lines += [*_masks(record, entry), "", *bits(record, entry), ""]
     if record.walk is UNSET:
         lines += [*_plan(record), ""]
-    lines += [*_models(record), "", *_rules(record), *_restore(record)]
+    lines += [*_models(record), "", *_rules(record), *restored(record)]
     if record.notes:
         lines += ["", *fields("notes", record.notes)]
     return joined(lines)
 
 
-def _head(record: rec.Record) -> list[str]:
+def headline(record: rec.Record) -> list[str]:
+    """Return the first line: the register, and the result in a word."""
     title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x})"
     if any(entry.state == "failed" for entry in record.restore):
         word = "NOT PUT BACK"
@@ -54,7 +55,8 @@ def measured_anything(record: rec.Record) -> bool:
     return record.walk is UNSET or any(parse_hex64(entry.not_measured) != ALL_BITS for entry in record.verdicts)
 
 
-def _findings(record: rec.Record) -> list[str]:
+def findings(record: rec.Record) -> list[str]:
+    """Return the findings, numbered, those that must be acted on first."""
     if not record.findings:
         return field("findings", "none in its CPUID; no write was tried" if record.walk is UNSET else "none")
     lines = ["findings"]
@@ -130,7 +132,7 @@ def _taint(kernel: rec.Kernel) -> str:
     return f"taint {before}" if before == after else f"taint {before} -> {after}"
 
 
-def _walked_groups(record: rec.Record) -> Iterator[rec.ObservationEntry]:
+def walked_groups(record: rec.Record) -> Iterator[rec.ObservationEntry]:
     """Split the observations so that CPUs that were predicted or judged otherwise have a table each."""
     for entry in record.observations:
         groups: dict[tuple[int, int], list[int]] = {}
@@ -216,7 +218,7 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     return lines
 
 
-def _bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
+def bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     """A row per bit that is defined or disagrees; reserved bits that are alike share a row."""
     prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
     verdict = _verdict_for(record, parse_list(entry.cpus)[0], record.judge)
@@ -344,7 +346,8 @@ def _covers_all(record: rec.Record, cpus: str) -> bool:
 _RESTORE_WORDS = {"verified": "verified by reading", "left": "NOT VERIFIED", "failed": "NOT PUT BACK"}
 
 
-def _restore(record: rec.Record) -> list[str]:
+def restored(record: rec.Record) -> list[str]:
+    """Return the proof of restore."""
     if record.walk is UNSET:
         return field("restored", "nothing was written, nothing to put back")
     if not record.restore:

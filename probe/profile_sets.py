@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Sets of profiles in words: which CPUID bits tell those that changed from those that did not. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from probe.models.profile import FEATURES, NAMED, Profile
+
+_MOST_LITERALS = 3
+_MOST_TERMS = 4
+_NAMES = {named.profile: named.name for named in NAMED}
+ALL = "every profile"
+
+
+@dataclass(frozen=True)
+class _Literal:
+    """One CPUID bit that is there, or is not; members is a mask over the profiles' numbers."""
+
+    feature: str
+    present: bool
+    members: int
+
+
+class Universe:
+    """The profiles that were measured; sets of them are masks over their numbers."""
+
+    def __init__(self, profiles: Sequence[Profile]) -> None:
+        self.profiles = tuple(profiles)
+        self.everything = (1 << len(self.profiles)) - 1
+        self._literals: list[_Literal] = []
+        for position, feature in enumerate(FEATURES):
+            having = 0
+            for number, profile in enumerate(self.profiles):
+                having |= (profile.mask >> position & 1) << number
+            if 0 < having < self.everything:
+                self._literals.append(_Literal(feature.name, True, having))
+                self._literals.append(_Literal(feature.name, False, self.everything & ~having))
+        self._said: dict[int, str] = {}
+
+    def names(self, chosen: int) -> list[str]:
+        """Name the profiles of a set: their own names, or their bits."""
+        found = [profile for number, profile in enumerate(self.profiles) if chosen >> number & 1]
+        return [_NAMES.get(profile, str(profile).replace(",", "+")) for profile in found]
+
+    def describe(self, chosen: int) -> str:
+        """Return the shortest rule over CPUID bits that holds for these profiles and no other that was measured.
+
+        "with AMD_STIBP, without SPEC_CTRL"; several with "; or" between them. The names, where there is no such rule.
+        """
+        if chosen not in self._said:
+            self._said[chosen] = self._describe(chosen)
+        return self._said[chosen]
+
+    def _describe(self, chosen: int) -> str:
+        if chosen == self.everything:
+            return ALL
+        count = bin(chosen).count("1")
+        if count == 1:
+            return self.names(chosen)[0]
+        for length in range(1, _MOST_LITERALS + 1):
+            if length > 1 and count <= 2:
+                return ", ".join(self.names(chosen))
+            for literals, members in self._conjunctions(length):
+                if members == chosen:
+                    return _told(literals)
+        without = self._lacking(self.everything & ~chosen)
+        if without:  # all others lack them: these have at least one
+            return "with any of " + ", ".join(without)
+        terms: list[str] = []
+        left = chosen
+        while left and len(terms) < _MOST_TERMS:
+            best = max(
+                (
+                    (bin(members & left).count("1"), -len(literals), literals, members)
+                    for length in (1, 2)
+                    for literals, members in self._conjunctions(length)
+                    if not members & ~chosen and members & left
+                ),
+                key=lambda found: found[:2],
+                default=None,
+            )
+            if best is None:
+                break
+            terms.append(_told(best[2]))
+            left &= ~best[3]
+        if not left:
+            return "; or ".join(terms)
+        names = self.names(chosen)
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+    def _conjunctions(self, length: int) -> Iterator[tuple[tuple[_Literal, ...], int]]:
+        for literals in itertools.combinations(self._literals, length):
+            members = self.everything
+            for literal in literals:
+                members &= literal.members
+            if members:
+                yield literals, members
+
+    def _lacking(self, others: int) -> list[str]:
+        """Name the features whose common absence is what all others, and they alone, have."""
+        lacking = [one for one in self._literals if not one.present and not others & ~one.members]
+        members = self.everything
+        for literal in lacking:
+            members &= literal.members
+        if members != others:
+            return []
+        needed = list(lacking)
+        for literal in lacking:  # leave out what the rest says already
+            rest = [one for one in needed if one is not literal]
+            common = self.everything
+            for one in rest:
+                common &= one.members
+            if rest and common == others:
+                needed = rest
+        return [one.feature for one in needed]
+
+
+def _told(literals: Sequence[_Literal]) -> str:
+    present = [one.feature for one in literals if one.present]
+    absent = [one.feature for one in literals if not one.present]
+    parts = ["with " + " and ".join(present)] if present else []
+    return ", ".join([*parts, *(["without " + " and ".join(absent)] if absent else [])])

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""Two records, or two sets, compared, as plain text of at most 75 columns; the same for a mail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from probe.diff import Comparison, Moved, Sets
+from probe.masks import ALL_BITS, format_bits
+from probe.registers import SPEC_CTRL
+from probe.report.layout import field, joined, paragraph
+
+
+@dataclass(frozen=True)
+class File:
+    """A record as a file: its name as given, and the SHA-256 of its bytes, in hexadecimal."""
+
+    name: str
+    sha256: str
+
+
+def render(found: Comparison, before: File, after: File, *, hashes: bool = False) -> str:
+    """Return the report on two records; with the hashes of both, if it is for a mail."""
+    lines = [_headline(found), "", *_files(before, after, hashes=hashes)]
+    if before.sha256 == after.sha256:
+        lines += field("", "both are the same file, or copies of it")
+    lines += ["", *_around(found), ""]
+    lines += _changes(found)
+    return joined(lines)
+
+
+def render_sets(found: Sets, before: str, after: str, hashes: Sequence[tuple[File, File]] = ()) -> str:
+    """Return the report on two sets: what is alike in one line, what is not in full. hashes are those of the pairs."""
+    differing = [pair for pair in found.pairs if not pair.comparison.same]
+    alike = len(found.pairs) - len(differing)
+    lines = paragraph(f"{len(found.pairs)} pairs of records: {alike} the same, {len(differing)} different")
+    lines += ["", *field("before", before), *field("after", after)]
+    for word, names in (("before", found.only_before), ("after", found.only_after)):
+        if names:
+            lines += ["", *paragraph(f"only {word}, without a counterpart: {', '.join(names)}", "", "  ")]
+    by_name = {one.name: (one, other) for one, other in hashes}
+    for pair in differing:
+        lines += ["", *paragraph(f"{pair.name}: {_headline(pair.comparison)}")]
+        if pair.before in by_name:
+            lines += _files(*by_name[pair.before], hashes=True)
+        else:
+            lines += [*field("before", pair.before), *field("after", pair.after)]
+        lines += [*_around(pair.comparison), *_changes(pair.comparison)]
+    return joined(lines)
+
+
+def _headline(found: Comparison) -> str:
+    if found.same:
+        return "the same"
+    count = len(found.moved) + bool(found.only_before) + bool(found.only_after)
+    return f"{count} change{'s' if count > 1 else ''}"
+
+
+def _files(before: File, after: File, *, hashes: bool) -> list[str]:
+    lines = []
+    for word, file in (("before", before), ("after", after)):
+        lines += field(word, file.name)
+        if hashes:
+            lines += field("", f"SHA-256 {file.sha256}")
+    return lines
+
+
+def _around(found: Comparison) -> list[str]:
+    """Say what else differs, and what does not, so that a reader sees whether the comparison is fair."""
+    lines: list[str] = []
+    if any(condition.what == "machine" for condition in found.conditions):
+        lines += paragraph("TWO DIFFERENT MACHINES: what moved may be due to that")
+    if found.conditions:
+        lines.append("around it, not the same")
+        for condition in found.conditions:
+            lines += paragraph(f"{condition.what}: {condition.before} -> {condition.after}", "  ", "      ")
+    if found.alike:
+        lines += paragraph(f"the same: {', '.join(found.alike)}", "", "  ")
+    return lines
+
+
+def _changes(found: Comparison) -> list[str]:
+    if found.same:
+        return ["nothing moved"]
+    lines = ["moved"]
+    for moved in found.moved:
+        lines += _moved(moved)
+    for word, only in (("before", found.only_before), ("after", found.only_after)):
+        if only:
+            lines += paragraph(f"only {word}: {only}", "  ", "      ")
+    return lines
+
+
+def _moved(moved: Moved) -> list[str]:
+    """Write one cause: who did what, which bits, from what to what, where."""
+    beside = any(name in moved.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
+    bits = f" bits {format_bits(moved.bits) if beside else named(moved.bits)}:" if moved.bits else ""
+    lines = paragraph(f"{moved.what}:{bits} {_hex(moved.before)} -> {_hex(moved.after)}", "  ", "        ")
+    if moved.where and moved.where.startswith("CPU"):
+        lines += paragraph(f"on {moved.where}", "      ", "      ")
+    elif moved.where:
+        lines += paragraph(f"{moved.count} profile{'s' if moved.count > 1 else ''}: {moved.where}", "      ", "      ")
+    return lines
+
+
+def named(mask: int) -> str:
+    """Name the bits of a mask, shortly: numbers, and the names of the defined ones among them."""
+    if mask == ALL_BITS:
+        return "0-63"
+    known = mask & SPEC_CTRL.defined
+    if not known or known == SPEC_CTRL.defined:
+        return format_bits(mask)
+    return f"{format_bits(mask)} ({', '.join(SPEC_CTRL.names(known).split('|'))})"
+
+
+def _hex(text: str) -> str:
+    """Leave a mask's leading zeros out."""
+    return re.sub(r"0x0*([0-9a-f]+)\b", r"0x\1", text)
