@@ -157,10 +157,16 @@ def _add_policy(inner: argparse._SubParsersAction[_Parser]) -> None:
     policy.add_argument(
         "policy", nargs="?", metavar="NAME|FILE.py", help="a policy, or a file with a function decide()"
     )
-    policy.add_argument("--compare", metavar="NAME|FILE.py", help="where guests see a difference to this policy")
+    policy.add_argument(
+        "--compare",
+        metavar="NAME|FILE.py",
+        help="calculated: the smallest case on which guests see a difference (exit code 1)",
+    )
     policy.add_argument("--cost", action="store_true", help="what WRMSR and RDMSR cost a guest under it, or under all")
     policy.add_argument(
-        "--table", action="store_true", help="all policies: the guests that take #GP, the moves that break; also --cost"
+        "--table",
+        action="store_true",
+        help="calculated: guests that take #GP, moves that break; with --cost a column more",
     )
     _add_matrix_options(policy)
     for action in policy._actions:  # those of `kvm` itself have the defaults
@@ -173,7 +179,8 @@ def _add_live_migration(inner: argparse._SubParsersAction[_Parser]) -> None:
         "migrate",
         help="move a guest between two VMs of this KVM",
         description="Runs a program's guest on one VM, saves the register as a VMM saves it, restores it on another "
-        "with its own policy and CPUID, and tells what the guest reads then.",
+        "with its own policy and CPUID, and tells what the guest reads then. Exit code 1: it did not arrive whole, or "
+        "an outcome is not as the models say.",
     )
     migrate.add_argument(
         "program", nargs="?", metavar="FILE", help="a file with a program; -; left out: the case of 2020, every policy"
@@ -181,7 +188,9 @@ def _add_live_migration(inner: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument("--from-policy", metavar="NAME|FILE.py", help="policy on the source (default: KVM alone)")
     migrate.add_argument("--to-policy", metavar="NAME|FILE.py", help="policy on the destination (default: KVM alone)")
     migrate.add_argument("--to-profile", type=_profile, metavar="NAME|BITS", help="guest's CPUID there (the same)")
-    migrate.add_argument("--rule", default="kvm", metavar="VMM", help="kvm, qemu, xen, firecracker, cloud-hypervisor")
+    migrate.add_argument(
+        "--rule", default="kvm", metavar="VMM", help="kvm (default), qemu, xen, firecracker or cloud-hypervisor"
+    )
     migrate.add_argument(
         "--restore",
         action="append",
@@ -228,7 +237,10 @@ def _add_boot(commands: argparse._SubParsersAction[_Parser]) -> None:
     boot.add_argument("--record-dir", metavar="DIR", help="folder for the records (default: below results/)")
     boot.add_argument("--timeout", type=_seconds, default=1800.0, metavar="S", help="per kernel (default 1800)")
     boot.add_argument(
-        "inside", nargs=argparse.REMAINDER, metavar="-- kvm ...", help="the sub-command to run inside, with its options"
+        "inside",
+        nargs=argparse.REMAINDER,
+        metavar="-- kvm ...",
+        help="to run inside: kvm, kvm policy NAME or kvm migrate, with options",
     )
 
 
@@ -307,6 +319,7 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     restore.add_argument("--state-dir", metavar="DIR", help="folder of the journal (default /var/lib/spec-ctrl-probe)")
     show = commands.add_parser("show", help="print a record as text")
     show.add_argument("record", metavar="RECORD", help="a record; - for standard input")
+    show.add_argument("--all", action="store_true", help="every group of profiles, and every model, of a record of KVM")
     diff = commands.add_parser(
         "diff",
         help="say what moved between two records, or two folders of them",
@@ -339,11 +352,12 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     migrate = commands.add_parser(
         "migrate",
         help="say what breaks when guests move between recorded machines",
-        description="For two records: the bits that a guest may hold on the first, and the second would refuse or "
-        "lose, under each VMM's rule. For a folder: every pair, and the CPUID change that makes the pool safe.",
+        description="For two records, in both directions: the bits that a guest may hold on the one, and the other "
+        "would refuse or lose, by each VMM's rule. For a folder of more: every pair, and the CPUID change that makes "
+        "the pool safe. Exit code 1: a move breaks.",
     )
     migrate.add_argument("records", nargs="+", metavar="RECORD|DIR", help="two records, or one folder of records")
-    migrate.add_argument("--rule", default="qemu", metavar="VMM", help="rule of a pool's matrix (default qemu)")
+    migrate.add_argument("--rule", default="", metavar="VMM", help="of a pair only this rule; of a pool this (qemu)")
     migrate.add_argument("--json", action="store_true", help="print every pair and rule as JSON")
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     kinds = ("run", "kvm", "migration")

@@ -444,15 +444,18 @@ def _kvm(arguments: argparse.Namespace) -> int:
         say=_say,
     )
     raw = kvm_record.encode(record)
+    broken = kvm_record.complaints(record)
+    if broken and not arguments.record:
+        _say("no record: the policy did not decide every write (--record PATH writes one)")
+    elif arguments.record != "-":  # before anything is printed: nobody may be there to read it
+        path = Path(arguments.record) if arguments.record else store.default_kvm_path(record)
+        _say(f"record: {store.write_atomically(raw, path, replace=arguments.record is not None)}")
     if arguments.json or arguments.record == "-":
         sys.stdout.write(raw.decode())
     else:
         sys.stdout.write(kvm_text.render(record))
     sys.stdout.flush()
-    if arguments.record != "-":
-        path = Path(arguments.record) if arguments.record else store.default_kvm_path(record)
-        _say(f"record: {store.write_atomically(raw, path, replace=arguments.record is not None)}")
-    if policy is not None and kvm_record.complaints(record):
+    if broken:
         return int(ExitCode.FAILED)
     if (
         not isinstance(record.driver, UnsetType) and record.driver.error
@@ -471,6 +474,12 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
     from probe.models.policy import POLICIES, PolicyMachine
     from probe.report import policy_text
 
+    if arguments.compare and (arguments.cost or arguments.table):
+        raise UsageError("--compare is of two policies", "without --cost and --table")
+    if arguments.record or arguments.json:
+        raise UsageError(
+            "--record and --json belong to a run under a policy", "kvm policy NAME, without --table and such"
+        )
     over = machines.get("kvm-6.19-svm")  # the newest rule of KVM, over which policies are compared without a machine
     chosen = [policy_file.find(arguments.policy)] if arguments.policy else []
     if arguments.compare:
@@ -479,8 +488,9 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
         with judged([*chosen, policy_file.find(arguments.compare)]) as (both, complaints):
             one, other = (PolicyMachine(policy, over) for policy in both)
             found = policy_difference(one, other)
-            sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, [one, other]))
-        return _policy_code(complaints(), ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
+            differ = policy_text.fates(one, other)
+            sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, differ))
+        return _policy_code(complaints(), ExitCode.FINDINGS if found or differ else ExitCode.AS_PREDICTED)
     if not (arguments.cost or arguments.table):
         sys.stdout.write(policy_text.catalogue(policy_file.EXAMPLE))
         return int(ExitCode.AS_PREDICTED)
@@ -528,22 +538,23 @@ def _kvm_migrate(arguments: argparse.Namespace) -> int:
         progress=_Progress("guests"),
     )
     raw = migration_record.encode(record)
+    if arguments.record not in (None, "-"):
+        _say(f"record: {store.write_atomically(raw, Path(arguments.record), replace=True)}")
     if arguments.json or arguments.record == "-":
         sys.stdout.write(raw.decode())
     else:
         sys.stdout.write(moved_text.render([record]))
     sys.stdout.flush()
-    if arguments.record not in (None, "-"):
-        _say(f"record: {store.write_atomically(raw, Path(arguments.record), replace=True)}")
     return _migration_code([record])
 
 
 def _migration_code(records: Sequence[MigrationRecord]) -> int:
     """A study shows what breaks: it has a finding where a model was wrong; a program's guest shall arrive whole."""
-    from probe.migration_record import as_calculated
+    from probe.migration_record import as_calculated, departed_of
 
     moved = all(record.study or entry.outcome == "works" for record in records for entry in record.arrivals)
-    fine = moved and all(as_calculated(record) for record in records)
+    gone = any(not record.study and departed_of(one).gone for record in records for one in record.departures)
+    fine = moved and not gone and all(as_calculated(record) for record in records)
     told = [text for record in records for text in record.complaints]
     return _policy_code(told, ExitCode.AS_PREDICTED if fine else ExitCode.FINDINGS)
 
@@ -554,8 +565,9 @@ def _migrate(arguments: argparse.Namespace) -> int:
     from probe.pool import grouped, place_of
     from probe.report import migrate_text
 
-    if arguments.rule not in BY_NAME:
+    if arguments.rule and arguments.rule not in BY_NAME:
         raise UsageError(f"no rule is called {arguments.rule!r}", f"one of: {', '.join(BY_NAME)}")
+    rule = BY_NAME[arguments.rule or "qemu"]
     paths = [Path(path) for path in arguments.records]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
     places = []
@@ -569,17 +581,23 @@ def _migrate(arguments: argparse.Namespace) -> int:
             left_out += 1
             _say(f"left out: {error}")
     if len(places) < 2:
-        raise UsageError("a migration needs two records", "give two records, or a folder that holds some")
+        raise UsageError(
+            "a migration needs two records of run or kvm",
+            "give two, or a folder that holds some; records of kvm migrate are for show and kvm migrate --restore",
+        )
     groups = grouped(places)
     if arguments.json:
         sys.stdout.write(migrate_text.as_json(groups))
     elif len(places) == 2:
-        sys.stdout.write(migrate_text.pair(*places) + "\n" + migrate_text.pair(*reversed(places)))
+        rules = [BY_NAME[arguments.rule]] if arguments.rule else list(BY_NAME.values())
+        sys.stdout.write(
+            migrate_text.pair(places[0], places[1], rules) + "\n" + migrate_text.pair(places[1], places[0], rules)
+        )
     else:
-        sys.stdout.write(migrate_text.matrix(groups, BY_NAME[arguments.rule]))
+        sys.stdout.write(migrate_text.matrix(groups, rule))
     if left_out and not arguments.json:
         sys.stdout.write("\n" + migrate_text.left_out(left_out))
-    broken = migrate_text.breaks(groups, BY_NAME[arguments.rule])
+    broken = migrate_text.breaks(groups, rule)
     return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
 
 
@@ -590,12 +608,7 @@ def _boot(arguments: argparse.Namespace) -> int:
     from probe.report import kvm_text
 
     inside = [word for word in arguments.inside if word != "--"] or ["kvm"]
-    if inside[0] != "kvm" or {"replay", "explore", "--record", "--json", "--restore"} & set(inside):
-        raise UsageError(
-            f"cannot run {' '.join(inside)!r} in the guests",
-            "want: -- kvm [--profile ...] [--programs N]; -- kvm policy NAME; or -- kvm migrate [FILE]",
-        )
-    asked = make_parser().parse_args(inside)  # what is wrong with it is told before anything is booted
+    asked = _asked_inside(inside)
     if arguments.record_dir and not Path(arguments.record_dir).is_dir():
         raise UsageError(f"no folder {arguments.record_dir}", f"mkdir -p {arguments.record_dir}")
     # The guest has another working folder, and sees this machine's files.
@@ -634,6 +647,33 @@ def _boot(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED if explained else ExitCode.FINDINGS)
 
 
+def _asked_inside(inside: Sequence[str]) -> argparse.Namespace:
+    """Read what shall run in the guests; what is wrong with it is told before anything is booted."""
+    want = "want: -- kvm [--profile ...] [--programs N]; -- kvm policy NAME; or -- kvm migrate [FILE]"
+    unfit = UsageError(f"cannot run {' '.join(inside)!r} in the guests", want)
+    if inside[0] != "kvm":
+        raise unfit
+    asked = make_parser().parse_args(inside)
+    given = vars(asked)
+    ours = ("record", "json", "restore", "write", "state_dir", "compare", "cost", "table")
+    if asked.kvm_command in ("replay", "explore") or any(given.get(name) for name in ours):
+        raise unfit
+    from kernel_harness.kvm.policy_file import find
+    from probe.models.migration import BY_NAME
+
+    if asked.kvm_command == "policy":
+        if not asked.policy:
+            raise unfit
+        find(asked.policy)
+    if asked.kvm_command == "migrate":
+        for name in (asked.from_policy, asked.to_policy):
+            if name:
+                find(name)
+        if asked.rule not in BY_NAME:
+            raise UsageError(f"no rule is called {asked.rule!r}", f"one of: {', '.join(BY_NAME)}")
+    return asked
+
+
 def _boot_migrate(arguments: argparse.Namespace, asked: argparse.Namespace, move: Callable[..., Sequence[Any]]) -> int:
     """Move guests between the kernels; every pair is one block of the report."""
     from probe import migration_record, store
@@ -647,7 +687,7 @@ def _boot_migrate(arguments: argparse.Namespace, asked: argparse.Namespace, move
     done = move(
         None if asked.program is None else _program_text(asked.program),
         options("from-policy"),
-        options("to-policy", "to-profile", "rule"),
+        options("to-policy", "to-profile", "rule", "identify"),
         _say,
     )
     records = []
@@ -861,7 +901,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.format == "mail":
         sys.stdout.write(mail.render(record, sha256, arguments.tester))
     elif isinstance(record, kvm_record.KvmRecord):
-        sys.stdout.write(kvm_text.render(record, rows=1000))
+        sys.stdout.write(kvm_text.render(record, rows=1 << 30 if arguments.all else kvm_text.ROWS))
     elif isinstance(record, rec.Record):
         sys.stdout.write(text.render(record))
     else:

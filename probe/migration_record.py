@@ -43,7 +43,8 @@ class ArrivalEntry(Entry):
     """What became of the guest of departures[departure] on this record's kernel.
 
     policy and profile are those of the destination ("": KVM alone, the same CPUID). sent is missing if nothing was
-    sent, reads if the guest took #GP or the move was refused. differs as above.
+    sent; reads and held (what the VMM reads then) if the guest took #GP, KVM refused, or the move was refused. differs
+    as above.
     """
 
     departure: int
@@ -53,6 +54,7 @@ class ArrivalEntry(Entry):
     profile: str = ""
     sent: Union[Mask, UnsetType] = UNSET
     reads: Union[Mask, UnsetType] = UNSET
+    held: Union[Mask, UnsetType] = UNSET
     differs: str = ""
 
 
@@ -77,6 +79,7 @@ class MigrationRecord(Entry):
     arrivals: list[ArrivalEntry]
     study: str = ""
     complaints: list[str] = []
+    notes: list[str] = []
     guest: Union[GuestPlace, UnsetType] = UNSET
     identity: str = ""
 
@@ -120,6 +123,7 @@ def arrival_entry(
         profile=profile,
         sent=_mask(arrived.sent),
         reads=_mask(arrived.reads),
+        held=_mask(arrived.held),
         differs=differs,
     )
 
@@ -135,6 +139,7 @@ def joined(one: MigrationRecord, other: MigrationRecord) -> MigrationRecord:
         arrivals=[*one.arrivals, *moved],
         duration=round(one.duration + other.duration, 3),
         complaints=[*one.complaints, *other.complaints],
+        notes=list(dict.fromkeys([*one.notes, *other.notes])),
     )
 
 

@@ -52,15 +52,20 @@ def place_of(record: AnyRecord, name: str) -> Place:
 
 def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
     """A guest by itself is let through by its first accepted write; it holds what is saved, or reads back, after it."""
+    if kvm_record.complaints(record):
+        raise RecordError(f"{name} is of a policy that did not decide every write", "mend the policy, and run it again")
     offers = parse_profile(record.hardware.supported_cpuid).mask
     sides = {}
     for row in kvm_record.rows_of(record):
         cells = row.masks
         let_through = cells.get("guest_after_seen", 0) & cells.get("guest_after", 0) if cells["guest_first"] else 0
+        reads = cells["guest_read"] != 0
         sides[kvm_record.profile_name(row.profile)] = Side(
             holds=cells["guest_first"] & cells["guest_first_kept"] | let_through,
             takes=cells["host_first"],
-            keeps=cells["host_first_seen"] if cells["guest_read"] else cells["host_first_kept"],
+            keeps=cells["host_first_seen"] if reads else cells["host_first_kept"],
+            sees=cells["guest_first_seen"] | let_through if reads else ALL_BITS,
+            takes_zero=cells["host_zero"] != 0,
             listed=record.kvm.in_msr_index_list,
             offers=offers,
             guest=row.profile.mask,
@@ -92,7 +97,9 @@ def _of_run(record: rec.Record, name: str) -> Place:
     cpuid = record.cpuid.groups if record.predicted_from is UNSET else record.predicted_from.groups
     cpus = entries.cpuid_of_groups(cpuid)
     features = profile_of(cpus[min(cpus)]).mask
-    side = Side(holds, takes, keeps, listed=takes != 0, offers=offered(features), guest=offered(features))
+    side = Side(
+        holds, takes, keeps, listed=takes != 0, offers=offered(features), guest=offered(features), takes_zero=takes != 0
+    )
     guests = record.machine.under_hypervisor or record.place.kind == "guest"
     whose = "the register of a guest, as a KVM inside would pass it on" if guests else "its own register"
     return Place(name, f"{_machine(record)}, {whose}", {ANY: side})
@@ -121,6 +128,11 @@ def pairs(source: Place, target: Place) -> list[tuple[Side, Side]]:
     return [(source.sides[name], target.sides[name]) for name in common]
 
 
+def comparable(source: Place, target: Place) -> bool:
+    """Tell whether there is a guest that both places know; a machine's own register stands for every one."""
+    return ANY in source.sides or ANY in target.sides or bool(source.sides.keys() & target.sides.keys())
+
+
 def move(rule: Rule, source: Place, target: Place) -> Move:
     """Move every guest that both places know; raise as pairs() does."""
     refused = lost = 0
@@ -137,14 +149,28 @@ def in_common(places: Sequence[Place]) -> list[str]:
     return sorted(set.intersection(*names)) if names else [ANY]
 
 
-def mended(places: Sequence[Place]) -> Mend:
-    """Find what guests of a pool must not have, profile by profile; what is found for each is put together."""
+def mended(places: Sequence[Place]) -> Mend | None:
+    """Find what guests of a pool must not have, profile by profile; what is found for each is put together.
+
+    None if it cannot be told: no guest CPUID is known to all, or nobody keeps what he takes (an emulated register).
+    """
     common = in_common(places)
+    kept = any(side.keeps for place in places for side in place.sides.values())
+    if not common or (not kept and any(side.takes for place in places for side in place.sides.values())):
+        return None
     found = [mend([place.sides.get(name) or place.sides[ANY] for place in places]) for name in common]
     keeps, hide, closes = ALL_BITS, 0, 0
     for one in found:
         keeps, hide, closes = keeps & one.keeps, hide | one.hide, closes | one.closes
-    return Mend(keeps if found else 0, hide, closes)
+    return Mend(keeps, hide, closes)
+
+
+def held_without(places: Sequence[Place]) -> int:
+    """Return the bits that a guest without any of the CPUID bits may hold somewhere, all the same."""
+    held = 0
+    for place in places:
+        held |= place.sides["empty"].holds if "empty" in place.sides else 0
+    return held
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
+from msgspec import UnsetType
+
 from probe.errors import RecordError
 from probe.kvm_record import KvmRecord
 from probe.kvm_record import decode as decode_kvm
@@ -150,7 +152,9 @@ def default_path(record: Record) -> Path:
 def default_kvm_path(record: KvmRecord) -> Path:
     """Return results/<machine>/<time>-kvm-<kernel>.json."""
     time = record.started.replace(":", "")
-    return Path("results") / machine_folder(record.machine) / f"{time}-kvm-{_file_word(record.kernel.release)}.json"
+    policy = "" if isinstance(record.policy, UnsetType) else f"policy-{_file_word(record.policy.name)}-"
+    name = f"{time}-kvm-{policy}{_file_word(record.kernel.release)}.json"
+    return Path("results") / machine_folder(record.machine) / name
 
 
 def default_migration_path(record: MigrationRecord) -> Path:

@@ -150,18 +150,23 @@ def migrate(
     studies = {record.study for record in restore}
     if len(studies) > 1:
         raise UsageError("the records are of different studies", "restore them one after the other")
+    others = [entry for record in restore for entry in record.departures if entry.kernel == record.kernel.release]
+    if restore and not others:
+        raise UsageError("no guest has left the kernels of these records", "kvm migrate --record makes such a record")
     study = STUDY_NAME if text is None and studies in (set(), {STUDY_NAME}) else ""
     if study and (source is not None or target is not None or profile):
-        raise UsageError("the study has every policy, and its own CPUID", "give a program with these options")
+        raise UsageError(
+            "--from-policy, --to-policy and --to-profile need a program", "kvm migrate FILE --from-policy emulate"
+        )
     leaving = []
     if text is not None:
-        leaving = [Leaving(source, parse(text)[0])]
+        leaving = [Leaving(source, *parse(text))]
     elif not restore:
         leaving = [Leaving(policy, STUDY) for policy in (None, *POLICIES)]
     to = [Destination(target, profile)]
     return leave_and_arrive(
         leaving,
-        [entry for record in restore for entry in record.departures if entry.kernel == record.kernel.release],
+        others,
         RULES[rule],
         study_destinations if study else lambda policy: to,
         arguments=arguments,

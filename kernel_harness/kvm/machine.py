@@ -264,11 +264,13 @@ class Vcpu:
         """Close the vCPU; KVM frees it with its VM."""
         if self.fd >= 0:
             self._run = None
-            if self._page is not None:
-                self._page.close()
+            try:
+                if self._page is not None:
+                    self._page.close()
+            finally:
                 self._page = None
-            os.close(self.fd)
-            self.fd = -1
+                os.close(self.fd)
+                self.fd = -1
 
     @property
     def run_page(self) -> uapi.kvm_run:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 
 from kernel_harness.kvm.guest_code import READ, WRITE, Step
+from kernel_harness.kvm.host import backend
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.policed import Judge, maker
 from kernel_harness.kvm.runner import Cpuids, Laboratory, Make, plain
@@ -157,7 +158,15 @@ def measure_host(kvm: Kvm, cpuids: Cpuids, features: int, *, ignore_msrs: bool =
         start=start,
         pred_cmd=max(_pred_cmd(kvm, cpuids, profile) for profile in (caps, _EVERY_GATE)),
     )
-    return Host(hardware, features=features, caps=caps.mask, switched=switched, loaded=loaded, ignore_msrs=ignore_msrs)
+    return Host(
+        hardware,
+        features=features,
+        caps=caps.mask,
+        switched=switched,
+        loaded=loaded,
+        ignore_msrs=ignore_msrs,
+        vmx=backend() == "kvm_intel",
+    )
 
 
 def _meets(kvm: Kvm, cpuids: Cpuids) -> Callable[[Profile], Measured]:

@@ -34,7 +34,7 @@ from probe.models.migration import Rule
 from probe.models.moving import STUDY_TO, Arrived, Departed, arrive, calculate_arrival, calculate_departure
 from probe.models.policy import BY_NAME, Policy, PolicyMachine
 from probe.models.profile import parse_profile
-from probe.models.program import Program, format_answer
+from probe.models.program import Answer, Program, format_answer
 from probe.models.versions import release_of
 from probe.record import Tool
 
@@ -51,15 +51,33 @@ class Destination:
 
 @dataclass(frozen=True)
 class Leaving:
-    """A guest that is to leave this kernel: its policy (None: KVM alone) and its program."""
+    """A guest that is to leave: its policy (None: KVM alone), its program, and the answers that the program expects."""
 
     policy: Policy | None
     program: Program
+    expected: Sequence[Answer | None] = ()
 
 
 def _read(laboratory: Laboratory, vcpu: Vcpu) -> int | None:
     (result,) = laboratory.guest(vcpu, _READ)
     return None if result.faulted else result.value
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A vCPU of ours where a guest arrives."""
+
+    laboratory: Laboratory
+    vcpu: Vcpu
+
+    def put(self, value: int) -> bool:
+        return self.laboratory.host_set(self.vcpu, SPEC_CTRL, value)
+
+    def read(self) -> int | None:
+        return _read(self.laboratory, self.vcpu)
+
+    def saved(self) -> int | None:
+        return self.laboratory.saved_value(self.vcpu)
 
 
 class Station:
@@ -87,6 +105,9 @@ class Station:
             reads = _read(here, vcpu)
             departed = Departed(program, answers, reads, here.saved_value(vcpu), self.listed)
         self._complain(judge)
+        for number, (mine, wanted) in enumerate(zip(answers, leaving.expected)):
+            if wanted is not None and wanted != mine:
+                return departed, f"operation {number + 1}: the program expects {format_answer(wanted)}"
         said = calculate_departure(self._model(leaving.policy), program, self._host)
         return departed, _departure_differs(departed, said)
 
@@ -96,16 +117,10 @@ class Station:
         judge = Judge(to.policy) if to.policy else None
         with maker(judge, self._host)(self._kvm, self._cpuids, False) as there:
             vcpu = there.vcpu(profile)
-            arrived = arrive(
-                departed,
-                rule,
-                self.listed,
-                lambda value: there.host_set(vcpu, SPEC_CTRL, value),
-                lambda: _read(there, vcpu),
-            )
+            arrived = arrive(departed, rule, self.listed, _Arrival(there, vcpu))
         self._complain(judge)
         said = calculate_arrival(departed, self._model(to.policy), rule, self._host, profile, listed=self.listed)
-        return arrived, "" if said == arrived else f"{said.outcome}, reads {_hex(said.reads)}"
+        return arrived, "" if said == arrived else f"{said.outcome}, reads {_hex(said.reads)}, VMM {_hex(said.held)}"
 
     def _model(self, policy: Policy | None) -> Machine | PolicyMachine:
         """Return the model of kernel and policy; it lives with a policy that raises or loops as the VMM does."""
@@ -158,6 +173,10 @@ def leave_and_arrive(
         cpuids = Cpuids(kvm)
         host = measure_host(kvm, cpuids, host_files.features(cpuid), ignore_msrs=host_files.ignore_msrs() == "Y")
         entry = kvm_entry(kvm)
+    notes = []
+    if not (entry.msr_filter and entry.user_space_msr) and study:
+        leaving = [one for one in leaving if one.policy is None]
+        notes.append("this KVM cannot hand accesses to a policy (Linux v5.10): the study is of KVM alone")
     over = kernel_model(host, entry.backend, release_of(facts.kernel, facts.kernel_version))
     departures: list[mig.DepartureEntry] = []
     arrivals: list[mig.ArrivalEntry] = []
@@ -172,6 +191,8 @@ def leave_and_arrive(
         for number, departure in enumerate(departures):
             progress(number, len(departures))
             for to in destinations(departure.policy):
+                if notes and to.policy is not None:
+                    continue
                 arrived, differs = station.arrive(mig.departed_of(departure), rule, to)
                 name = to.policy.name if to.policy else ""
                 arrivals.append(mig.arrival_entry(arrived, number, rule.name, name, to.profile, differs))
@@ -191,6 +212,7 @@ def leave_and_arrive(
         arrivals=arrivals,
         study=study,
         complaints=station.complaints,
+        notes=notes,
         identity=identity,
     )
 

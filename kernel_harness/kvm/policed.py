@@ -46,29 +46,33 @@ class Judge:
         self.complaints: dict[str, int] = {}
         self.asked = 0
         self._loops = 0
-        self._raised: dict[str, str] = {}
+        self._first: dict[str, str] = {}
 
     def __call__(self, host: Host, guest: Profile, state: VcpuState, value: int) -> Decision:
         """Return the policy's decision about one write."""
         self.asked += 1
         if self._loops >= _MOST_LOOPS:
-            return fault()
+            return self._complain("was not asked any more")
         try:
             with hurry(_DECIDE_SECONDS):
                 decision = self.policy.decide(host, guest, state, value)
         except TimeoutError:
             self._loops += 1
-            more = ", and was not asked any more" if self._loops >= _MOST_LOOPS else ""
-            return self._complain(f"took longer than {_DECIDE_SECONDS:g} s{more}")
-        except (Exception, SystemExit) as error:
-            name = type(error).__name__  # one line for each kind: the text may differ with every value
-            return self._complain(self._raised.setdefault(name, f"raised {name} ({error!s:.60})"))
-        if not isinstance(decision, Decision) or not isinstance(decision.fate, Fate):
-            return self._complain(f"returned {decision!r:.60}, no Decision")
+            return self._complain(f"took longer than {_DECIDE_SECONDS:g} s")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a policy may raise whatever it likes, SystemExit and GeneratorExit too
+            return self._wrong(f"raised {type(error).__name__}", error)
+        if type(decision) is not Decision or type(decision.fate) is not Fate:
+            return self._wrong(f"returned {type(decision).__name__}, no Decision", decision)
         for number in (decision.value, decision.shadow):
-            if not isinstance(number, int) or not 0 <= number < 1 << 64:
-                return self._complain(f"returned {number!r:.60}, no value of 64 bits")
+            if type(number) is not int or not 0 <= number < 1 << 64:
+                return self._wrong(f"returned a {type(number).__name__} that is no value of 64 bits", number)
         return decision
+
+    def _wrong(self, what: str, value: object) -> Decision:
+        """Complain of one kind of thing, with the text of its first case: that may differ with every value."""
+        return self._complain(self._first.setdefault(what, f"{what} ({text_of(value)})"))
 
     def take_complaints(self) -> dict[str, int]:
         """Return what there is to complain of, and begin anew."""
@@ -84,6 +88,17 @@ class Judge:
         what = hide_paths(what)  # it goes into the record
         self.complaints[what] = self.complaints.get(what, 0) + 1
         return fault()
+
+
+def text_of(value: object) -> str:
+    """Return what a policy's value or exception says of itself, shortly and printable, whatever it does to be asked."""
+    try:
+        text = ascii(str(value))[1:-1]
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return "and cannot say what"
+    return text[:60]
 
 
 class PolicedLaboratory(Laboratory):
@@ -209,18 +224,20 @@ class PolicedLaboratory(Laboratory):
     def enter(self, vcpu: Vcpu, seconds: float) -> None:
         """Enter the guest until it exits for something else than an access that is ours to answer."""
         super().enter(vcpu, seconds)
-        page = vcpu.run_page
-        side = _EXITS.get(page.exit_reason)
-        while side is not None:
-            known = self._known[vcpu]
-            if page.msr.index != SPEC_CTRL or self._asked_denied & side:  # the program's own filter
-                page.msr.error = 1
-            elif side == DENY_READ:
-                page.msr.error, page.msr.data = 0, known.state.shadow
-            else:
-                page.msr.error = 0 if self._write(vcpu, known, page.msr.data, by_host=False) else 1
+        # No local name for the page: in the traceback of an exception it would keep the mapping from being closed.
+        while (side := _EXITS.get(vcpu.run_page.exit_reason)) is not None:
+            vcpu.run_page.msr.error = 0 if self._answer(vcpu, side) else 1
             vcpu.run(seconds)
-            side = _EXITS.get(page.exit_reason)
+
+    def _answer(self, vcpu: Vcpu, side: int) -> bool:
+        """Answer one access of the guest that came to us; tell whether it succeeds."""
+        known = self._known[vcpu]
+        if vcpu.run_page.msr.index != SPEC_CTRL or self._asked_denied & side:  # the program's own filter
+            return False
+        if side == DENY_READ:
+            vcpu.run_page.msr.data = known.state.shadow
+            return True
+        return self._write(vcpu, known, vcpu.run_page.msr.data, by_host=False)
 
 
 def maker(judge: Judge | None, host: Host | None) -> Make:

@@ -7,6 +7,7 @@ import ast
 from pathlib import Path
 
 from kernel_harness.kvm.machine import hurry, ticking
+from kernel_harness.kvm.policed import text_of
 from probe.errors import UsageError
 from probe.models.policy import BY_NAME, Policy
 
@@ -25,7 +26,9 @@ def decide(host, guest, vcpu, value):
 def find(name: str) -> Policy:
     """Return a built-in policy, or the one of a file whose name ends in .py.
 
-    The file's docstring is the title; READS = True makes guest reads come to us, too, who answer the shadow.
+    It is called by the file's name, with .py: no file passes for a built-in one. decide() must depend on its arguments
+    alone, or its model is asked something else than its guests. The file's docstring is the title; READS = True makes
+    guest reads come to us, too, who answer the shadow.
     Raise UsageError for a name that is none, and for a file that cannot be read, does not run, or has no decide().
     """
     if not name.endswith(".py"):
@@ -46,10 +49,14 @@ def find(name: str) -> Policy:
             exec(code, scope)
     except TimeoutError:
         raise UsageError(f"the policy {name} does not come to an end when it is loaded", "it loops") from None
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"the policy {name} raises when it is loaded: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UsageError(
+            f"the policy {name} raises when it is loaded: {type(error).__name__}: {text_of(error)}"
+        ) from error
     decide = scope.get("decide")
     if not callable(decide):
         raise UsageError(f"the policy {name} has no function decide(host, guest, vcpu, value)", "see: kvm policy")
     title = (ast.get_docstring(ast.parse(text)) or path.stem).splitlines()[0]
-    return Policy(path.stem, title, "a file", decide, reads=scope.get("READS") is True)
+    return Policy(path.name, text_of(title), "a file", decide, reads=scope.get("READS") is True)

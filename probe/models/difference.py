@@ -23,7 +23,8 @@ from probe.models.machine import (
 )
 from probe.models.matrix import distinguishable, guest_rd, guest_wr, host_get, host_set
 from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, NONE, Profile, mask_of_features
-from probe.models.program import ACCESSES, IN_GUEST, Answer, Kind, Operation, Program
+from probe.models.program import IN_GUEST, Answer, Kind, Operation, Program
+from probe.registers import SPEC_CTRL as REGISTER
 
 MOST_STEPS = 4
 _V_SPEC_CTRL = mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
@@ -45,6 +46,8 @@ HOSTS: tuple[tuple[str, Host], ...] = (
         replace(Host(Hardware(keep=0)), switched=False),
     ),
 )
+# What policies are asked: 0, every bit that is defined, one that is not of either half, and what guests combine.
+POLICY_VALUES = (0, *(field.mask for field in REGISTER.bits), 1 << 9, 1 << 63, 0x3, 0x5, 0x6, 0x7, 0x87)
 _VALUES = (0, *(1 << bit for bit in (0, 1, 2, 3, 5, 7, 8, 9, 10, 32, 63)), ALL_BITS)
 
 
@@ -118,12 +121,11 @@ def policy_difference(
         {*(Profile(1 << bit) for bit in range(len(FEATURES))), *(named.profile for named in NAMED)},
         key=lambda profile: (bin(profile.mask).count("1"), profile.mask),
     )
-    operations = [operation for operation in _operations() if operation.kind in ACCESSES]
+    operations = [make(value) for make in (guest_wr, host_set) for value in POLICY_VALUES]
+    operations += [guest_rd(), host_get()]
     for length in range(1, most + 1):
         for (name, host), profile in itertools.product(hosts, profiles):
             for program in itertools.product(operations, repeat=length):
-                if length > 1 and not any(each.value for each in program[:-1]):
-                    continue
                 if program[-1].kind not in IN_GUEST:
                     continue
                 whole = Program(profile, program)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from probe import features as f
+from probe.masks import bits_of
 from probe.models.machine import Hardware, Host, Machine, Stepping, answers
 from probe.models.matrix import guest_rd, guest_wr, host_get, host_set
 from probe.models.migration import Move, Rule, Side
@@ -26,6 +27,7 @@ _ANY = mask_of_features((f.SPEC_CTRL, f.INTEL_STIBP, f.SPEC_CTRL_SSBD, f.AMD_IBR
 _LINUX = mask_of_features((f.SPEC_CTRL, f.AMD_IBRS, f.AMD_STIBP, f.AMD_SSBD))  # X86_FEATURE_MSR_SPEC_CTRL
 _STIBP = mask_of_features((f.INTEL_STIBP, f.AMD_STIBP))
 _PSFD = mask_of_features((f.AMD_PSFD,))
+_LEAF_7 = mask_of_features((f.SPEC_CTRL, f.INTEL_STIBP, f.SPEC_CTRL_SSBD))  # bare metal: Intel's alone
 _SPEC_CTRL = mask_of_features((f.SPEC_CTRL,))
 
 
@@ -107,7 +109,7 @@ class Cpu:
         bits = enumerated(self.features)
         taken = bits | (STIBP if self.features & _SPEC_CTRL else 0)
         hardware = Hardware(exists=bool(bits), tested=taken, valid=taken, keep=bits)
-        return Host(hardware, self.features, offered(self.features))
+        return Host(hardware, self.features, offered(self.features), vmx=self.features & _LEAF_7 != 0)
 
 
 def cpus() -> list[Cpu]:
@@ -128,24 +130,47 @@ def breaks(machine: Machine | Stepping, cpu: Cpu, system: System) -> Program | N
     return None
 
 
+def forgets(machine: Machine | Stepping, cpu: Cpu) -> int:
+    """Return the bits that a guest's CPUID enumerates and whose write succeeds without being stored or read back."""
+    forgotten = 0
+    for bit in bits_of(enumerated(cpu.guest.mask)):
+        program = Program(cpu.guest, (guest_wr(1 << bit), guest_rd(), host_get()))
+        wrote, read, saved = answers(machine, program, cpu.host)
+        if wrote is Word.OK and 1 << bit not in (read, saved):
+            forgotten |= 1 << bit
+    return forgotten
+
+
 def side_of(machine: Machine | Stepping, host: Host, guest: Profile) -> Side:
     """Return a host under a rule as a side of migrations: what this guest may hold there, what a restore takes."""
 
     def last(*operations: Operation) -> list[Answer | None]:
         return answers(machine, Program(guest, operations), host)
 
-    first = after = takes = keeps = 0
+    first = after = takes = keeps = sees = 0
     for value in (1 << bit for bit in range(64)):
-        wrote, _, saved = last(guest_wr(value), guest_rd(), host_get())
+        wrote, read, saved = last(guest_wr(value), guest_rd(), host_get())
         restored, seen, stored = last(host_set(value), guest_rd(), host_get())
         kept = stored if seen is Word.GP else seen  # a value may be stored and never loaded
         first |= value if wrote is Word.OK and saved == value else 0
+        sees |= value if wrote is Word.OK and (read == value or read is Word.GP) else 0
         takes |= value if restored is Word.OK else 0
         keeps |= value if restored is Word.OK and kept == value else 0
     opener = first & -first
     for value in (1 << bit for bit in range(64) if opener):
-        after |= value if last(guest_wr(opener), guest_wr(value), guest_rd(), host_get())[-1] == value else 0
-    return Side(first | after, takes, keeps, listed=host.hardware.exists, offers=guest.mask, guest=guest.mask)
+        read, saved = last(guest_wr(opener), guest_wr(value), guest_rd(), host_get())[-2:]
+        after |= value if saved == value else 0
+        sees |= value if read == value else 0
+    return Side(
+        first | after,
+        takes,
+        keeps,
+        listed=host.hardware.exists,
+        offers=guest.mask,
+        guest=guest.mask,
+        sees=sees,
+        takes_zero=last(host_set(0))[0] is Word.OK,
+    )
 
 
 def broken_moves(machine: Machine | Stepping, rule: Rule) -> list[tuple[str, str, Move]]:

@@ -49,7 +49,8 @@ class Host:
     (KVM_GET_SUPPORTED_CPUID). loaded: the stored value is loaded at VM entry; switched: what the register holds is
     saved at exit, where writes are not intercepted. Both are done by the kernel (X86_FEATURE_MSR_SPEC_CTRL; kvm_amd
     before v6.1 saves without asking for it) or the CPU (V_SPEC_CTRL); if not, a guest that is let through has the
-    host's own register. ignore_msrs: kvm.ignore_msrs=1, KVM answers for MSRs that it does not know.
+    host's own register. ignore_msrs: kvm.ignore_msrs=1, KVM answers for MSRs that it does not know. vmx: kvm_intel
+    carries guests, which no CPUID bit tells (KVM gives AMD guests Intel's).
     """
 
     hardware: Hardware = Hardware()
@@ -58,6 +59,7 @@ class Host:
     switched: bool = True
     loaded: bool = True
     ignore_msrs: bool = False
+    vmx: bool = False
 
 
 @dataclass(frozen=True)

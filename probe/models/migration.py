@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from probe.masks import ALL_BITS
-from probe.models.peer_machines import enumerated, xen_bits
+from probe.models.peer_machines import xen_bits
 from probe.models.profile import ALL_FEATURES, FEATURES, Profile, mask_of_features
 from probe.registers import SPEC_CTRL
 
@@ -21,9 +21,10 @@ class Side:
     """One machine as source or destination; masks of 64 bits.
 
     holds: the bits that a guest may come to hold here, whatever its CPUID. takes: the bits that a restore
-    (KVM_SET_MSRS) may have. keeps: of these, what is still there afterwards. listed: the register is in
-    KVM_GET_MSR_INDEX_LIST, by which QEMU decides. offers: what KVM gives guests, guest: what this one has, masks over
-    profile.FEATURES.
+    (KVM_SET_MSRS) may have; takes_zero: it may be 0. keeps: of these, what is still there afterwards. sees: of what a
+    guest holds, what it reads itself, where it reads at all: what it never saw cannot be lost to it. listed: the
+    register is in KVM_GET_MSR_INDEX_LIST, by which QEMU decides. offers: what KVM gives guests, guest: what this one
+    has, masks over profile.FEATURES.
     """
 
     holds: int
@@ -32,6 +33,8 @@ class Side:
     listed: bool
     offers: int = 0
     guest: int = 0
+    sees: int = ALL_BITS
+    takes_zero: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ class Rule:
         """Say what becomes of the bits of a mask that a guest holds."""
         sent = self.sends(held, source.listed, Profile(source.guest))
         if sent is None or (self.asks_list and not target.listed):
-            return Move(lost=held)
+            refuses = self.asks_list and target.listed and not target.takes_zero  # it writes 0 then
+            return Move(lost=0 if refuses else held & source.sees, refuses_all=refuses)
         clamped, refused = held & ~sent, sent & ~target.takes
-        lost = clamped | sent & target.takes & ~target.keeps
+        lost = (clamped | sent & target.takes & ~target.keeps) & source.sees
         if not self.forgives:
-            return Move(refused, lost, refuses_all=not target.listed)
+            return Move(refused, lost, refuses_all=not target.takes_zero)
         # One bit that is refused leaves the whole value out, the bits that would have been taken with it.
-        return Move(lost=held if refused or not target.listed else lost)
+        return Move(lost=held & source.sees if refused or not target.takes_zero else lost)
 
 
 def _everything(held: int, listed: bool, guest: Profile) -> int | None:
@@ -98,8 +102,9 @@ def _if_listed_and_not_0(held: int, listed: bool, guest: Profile) -> int | None:
 
 
 def _clamped(held: int, listed: bool, guest: Profile) -> int | None:
-    """Send what the guest's policy has; nothing of it, if that has no such register."""
-    return held & (xen_bits(guest) or 0)
+    """Send what the guest's policy has, if that has such a register; an MSR that is 0 is left out."""
+    allowed = xen_bits(guest)
+    return None if allowed is None or not held else held & allowed
 
 
 RULES: tuple[Rule, ...] = (
@@ -142,11 +147,6 @@ BY_NAME = {rule.name: rule for rule in RULES}
 GATE = mask_of_features([bit for bit in FEATURES if bit.name in ("SPEC_CTRL", "AMD_STIBP", "AMD_IBRS", "AMD_SSBD")])
 
 
-def obedient(side: Side) -> int:
-    """Return the bits that a guest holds that sets only what its CPUID enumerates."""
-    return side.holds & enumerated(side.offers)
-
-
 def _all(values: Iterable[int]) -> int:
     return reduce(lambda one, other: one & other, values, ALL_BITS)
 
@@ -156,7 +156,7 @@ class Mend:
     """The smallest change of guests' CPUID that makes a pool safe.
 
     keeps are the bits of the register that every machine takes and keeps; hide the features (a mask over
-    profile.FEATURES) that enumerate others; enough: then it is safe for guests that set only what their CPUID
+    profile.FEATURES) that enumerate others: without them it is safe for guests that set only what their CPUID
     enumerates. closes: the features to hide for guests that set what they please: the gate, so that they have no
     register.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from probe.models.guest_systems import Cpu, cpus
 from probe.models.machine import SPEC_CTRL, Host, Machine, Stepping, step
@@ -46,41 +46,73 @@ class Departed:
         """Return what of the register goes into the stream; None: nothing."""
         return None if self.held is None else rule.sends(self.held, self.listed, self.program.profile)
 
-    def outcome(self, reads: int | None) -> str:
-        """Return what became of the register, if the guest reads this where it has arrived; one of OUTCOMES.
+    def outcome(self, reads: int | None, held: int | None) -> str:
+        """Return what became of the register, if where it has arrived the guest reads this, and the VMM holds that.
 
-        "unreadable": it could be read, and takes #GP now. "lost": it reads 0. "changed": it reads another value.
+        One of OUTCOMES. "unreadable": the guest could read it, and takes #GP now. "lost": it is 0, "changed": something
+        else. Where the guest reads the same, what the VMM holds decides: it is what the next move would send.
         """
         if self.reads is not None and reads is None:
             return "unreadable"
-        before = (self.held or 0) if self.reads is None else self.reads
-        now = reads or 0
-        if before == now:
-            return "works"
-        return "changed" if now else "lost"
+        for before, now in ((self.reads, reads), (self.held, held)):
+            if before is not None and (now or 0) != before:
+                return "changed" if now else "lost"
+        return "works"
+
+    @property
+    def gone(self) -> int:
+        """The bits that the guest's last accepted write set, and that neither it nor the VMM has any more.
+
+        Such a guest has nothing left to move: the register, or the policy, has forgotten it where it was.
+        """
+        wrote = 0
+        for operation, answer in zip(self.program.operations, self.answers):
+            if operation.kind in (Kind.GUEST_WR, Kind.HOST_SET) and operation.index == SPEC_CTRL and answer is Word.OK:
+                wrote = operation.value
+            elif operation.kind is Kind.INIT:
+                wrote = 0
+        return wrote & ~((self.reads or 0) | (self.held or 0))
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """What became of it: what was sent, what the guest reads (None: #GP, or the move was refused), and the outcome."""
+    """What became of it.
+
+    sent: what was; None: nothing. reads: what the guest reads, held: what the VMM does (None: it takes #GP, KVM
+    refuses, or the move was refused).
+    """
 
     sent: int | None
     reads: int | None
+    held: int | None
     outcome: str
 
 
-def arrive(
-    departed: Departed, rule: Rule, listed: bool, put: Callable[[int], bool], read: Callable[[], int | None]
-) -> Arrived:
-    """Let a guest arrive: put writes the value, host-initiated, and tells whether it was taken; read asks the guest.
+class Arrival(Protocol):
+    """A vCPU where a guest arrives."""
 
-    listed: the destination's KVM_GET_MSR_INDEX_LIST has the register.
+    def put(self, value: int) -> bool:
+        """Write the register, host-initiated; tell whether it was taken."""
+
+    def read(self) -> int | None:
+        """Let the guest read it; None if it takes #GP."""
+
+    def saved(self) -> int | None:
+        """Return what the VMM would save of it; None if KVM refuses."""
+
+
+def arrive(departed: Departed, rule: Rule, listed: bool, vcpu: Arrival) -> Arrived:
+    """Let a guest arrive; listed: the destination's KVM_GET_MSR_INDEX_LIST has the register.
+
+    A VMM that asks the list writes 0 where nothing was sent: so QEMU's kvm_buf_set_msrs() does.
     """
     sent = departed.sent(rule)
-    if sent is not None and (listed or not rule.asks_list) and not put(sent) and not rule.forgives:
-        return Arrived(sent, None, "refused")
-    reads = read()
-    return Arrived(sent, reads, departed.outcome(reads))
+    value = 0 if sent is None and rule.asks_list else sent
+    if value is not None and (listed or not rule.asks_list) and not vcpu.put(value) and not rule.forgives:
+        return Arrived(sent, None, None, "refused")
+    reads = vcpu.read()
+    held = vcpu.saved()
+    return Arrived(sent, reads, held, departed.outcome(reads, held))
 
 
 def calculate_departure(machine: Machine | Stepping, program: Program, host: Host) -> Departed:
@@ -104,7 +136,7 @@ def calculate_arrival(
     listed: KVM_GET_MSR_INDEX_LIST has the register there (if it exists).
     """
     vcpu = _Vcpu(machine, profile or departed.program.profile, host)
-    return arrive(departed, rule, host.hardware.exists if listed is None else listed, vcpu.put, vcpu.read)
+    return arrive(departed, rule, host.hardware.exists if listed is None else listed, vcpu)
 
 
 class _Vcpu:

@@ -138,18 +138,15 @@ def _emulate(mask: Callable[[Host, Profile], int]) -> Decide:
     return decide
 
 
-_INTEL = mask_of_features((f.SPEC_CTRL, f.INTEL_STIBP, f.SPEC_CTRL_SSBD))
-
-
 def _mask_then_through(name: str) -> Decide:
     """Return the rule of an era that let guests through after the first accepted value that is not 0.
 
-    It is kvm_intel's where the host's CPUID has bits of leaf 7, as only Intel's has, else kvm_amd's.
+    It is that of the host's vendor: kvm_intel's gate asks for SPEC_CTRL alone.
     """
     eras = {one.name: one for one in kvm_machines.MACHINES}
 
     def decide(host: Host, guest: Profile, vcpu: VcpuState, value: int) -> Decision:
-        era = eras[f"{name}-vmx" if host.features & _INTEL else f"{name}-svm"]
+        era = eras[f"{name}-vmx" if host.vmx else f"{name}-svm"]
         allowed = era.test(guest, host)
         if not (vcpu.by_host or era.gate(guest.mask, host.caps)) or allowed is None or value & ~allowed:
             return fault()

@@ -10,19 +10,59 @@ from msgspec import UNSET
 from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry, driver_differs
 from probe.masks import format_bits, hex64, parse_hex64
 from probe.models.matrix import CELLS
+from probe.models.profile import NAMED
 from probe.report.layout import WIDTH, field, fields, joined, paragraph
 
 _KIN = (("pred_cmd", "IA32_PRED_CMD (0x49)"), ("virt_spec_ctrl", "VIRT_SPEC_CTRL (0xc001011f)"))
 
 
-def render(record: KvmRecord, *, rows: int = 12) -> str:
-    """Return the report; of the groups of profiles at most rows are shown, the largest first."""
-    under = f" under policy {record.policy.name}" if record.policy is not UNSET else ""
-    lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48){under}: {explained(record)}"), ""]
-    lines += [*_machine(record), "", *_models(record), *_explored(record), *_rows(record, rows)]
+ROWS = 12
+
+
+def render(record: KvmRecord, *, rows: int = ROWS) -> str:
+    """Return the report; of the groups of profiles at most rows are shown, the largest first.
+
+    Under a policy its own model, KVM's, and the named profiles are shown, unless more rows than ROWS are asked for.
+    """
+    lines = [*_headline(record), "", *_machine(record), ""]
+    if record.policy is UNSET or rows > ROWS:
+        lines += [*_models(record.fits), *_explored(record), *_rows(record, rows)]
+    else:
+        own = (f"{record.policy.name} over {record.policy.over}", record.policy.over)
+        shown = [fit for fit in record.fits if fit.model in own]
+        lines += [*_models(shown), f"and {len(record.fits) - len(shown)} other models: show --all", *_explored(record)]
+        lines += ["", *_named(record)]
     if record.notes:
         lines += ["", *fields("notes", record.notes)]
     return joined(lines)
+
+
+def _headline(record: KvmRecord) -> list[str]:
+    if record.policy is UNSET:
+        return paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48): {explained(record)}")
+    policy = record.policy
+    lines = paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48) under policy {policy.name}: {explained(record)}")
+    if policy.complaints:
+        lines += paragraph(
+            f"the policy DID NOT DECIDE {sum(policy.complaints.values())} writes, which took #GP: "
+            f"{'; '.join(policy.complaints)}"
+        )
+    return lines
+
+
+def _named(record: KvmRecord) -> list[str]:
+    """What the guests that people know may write under a policy, and what they read back."""
+    names = {named.name for named in NAMED}
+    lines = [f"{'guest CPUID':<26}{'may write':<16}{'reads back':<16}{'host may write'}"]
+    rest = 0
+    for row in record.rows:
+        cells = [row.cells.get(name, hex64(0)) for name in ("guest_first", "guest_first_seen", "host_first")]
+        known = [name for name in row.profiles if name in names]
+        rest += len(row.profiles) - len(known)
+        for name in known:
+            lines.append(f"{name:<26}" + "".join(f"{_bits(mask):<16}" for mask in cells).rstrip())
+    lines.append("first writes, bit by bit" + (f"; {rest} more guest CPUIDs: show --all" if rest else ""))
+    return lines
 
 
 def explained(record: KvmRecord) -> str:
@@ -120,9 +160,9 @@ def _bits(mask: str) -> str:
     return text if len(text) < 24 else f"{bin(parse_hex64(mask)).count('1')} of 64"
 
 
-def _models(record: KvmRecord) -> list[str]:
+def _models(fits: Sequence[FitEntry]) -> list[str]:
     lines = [f"{'model':<18}{'cases':>8}{'agree':>8}{'':>3}first divergence"]
-    for fit in record.fits:
+    for fit in fits:
         lines += _fit(fit)
     return lines
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 WIDTH = 75
 LABEL = 11
+_LONG = WIDTH - 20
 
 
 def clean(text: str) -> str:
@@ -17,9 +18,15 @@ def clean(text: str) -> str:
 
 
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks at blanks, and within a list of numbers after a comma."""
+    """Breaks at blanks, within a list of numbers after a comma, and a name too long for a line after a slash."""
 
     wordsep_simple_re = re.compile(r"(\s+)|(?<=[0-9],)(?=[0-9])")
+
+    def _split(self, text: str) -> list[str]:
+        chunks: list[str] = []
+        for chunk in super()._split(text):
+            chunks += re.split(r"(?<=[/-])", chunk) if len(chunk) > _LONG else [chunk]
+        return [chunk for chunk in chunks if chunk]
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:

@@ -7,17 +7,17 @@ import json
 from collections.abc import Sequence
 
 from probe.masks import format_bits, hex64
-from probe.models.migration import RULES, Mend, Move, Rule
+from probe.models.migration import RULES, Move, Rule
 from probe.models.profile import Profile
-from probe.pool import ANY, Group, Place, features_of, in_common, mended, move, pairs
+from probe.pool import ANY, Group, Place, comparable, features_of, held_without, in_common, mended, move, pairs
 from probe.registers import SPEC_CTRL
-from probe.report.layout import clean, joined, paragraph
+from probe.report.layout import WIDTH, clean, joined, paragraph
 
-_MARKS = {"works": ".", "lost": "l", "refused": "R"}
+_MARKS = {"works": ".", "lost": "l", "refused": "R", "": "?"}
 
 
-def pair(source: Place, target: Place) -> str:
-    """Return what becomes of guests that go from one machine to the other."""
+def pair(source: Place, target: Place, rules: Sequence[Rule] = RULES) -> str:
+    """Return what becomes of guests that go from one machine to the other, by each of the rules."""
     lines = [
         *paragraph(f"from  {clean(source.name)}", "", "      "),
         *paragraph(clean(source.what), "      ", "      "),
@@ -27,9 +27,10 @@ def pair(source: Place, target: Place) -> str:
         *paragraph(clean(target.what), "      ", "      "),
     ]
     lines += _mask("a guest may hold", source.holds)
-    lines += paragraph(f"compared for {len(pairs(source, target))} guest CPUIDs", "      ", "      ")
+    count = len(pairs(source, target))
+    lines += paragraph(f"compared for {count} guest CPUID{'s' if count > 1 else ''}", "      ", "      ")
     lines.append("")
-    for rule in RULES:
+    for rule in rules:
         done = move(rule, source, target)
         lines += paragraph(_told(done), f"  {rule.name:<18}", " " * 20)
     return joined(lines)
@@ -53,7 +54,8 @@ def _told(done: Move) -> str:
         return "refused, whatever the value"
     parts = []
     if done.refused:
-        parts.append(f"refused if it holds one of {_named(done.refused)}")
+        one = "" if done.refused & (done.refused - 1) == 0 else "one of "
+        parts.append(f"refused if it holds {one}{_named(done.refused)}")
     if done.lost:
         parts.append(f"lost without a word: {_named(done.lost)}")
     return "; ".join(parts) or "works"
@@ -63,7 +65,8 @@ def _named(mask: int) -> str:
     names = SPEC_CTRL.describe(mask & SPEC_CTRL.defined)
     rest = mask & ~SPEC_CTRL.defined
     return (
-        f"bits {names}" + (f" and reserved {format_bits(rest)}" if rest else "")
+        f"bit{'' if names.split()[0].isdigit() else 's'} {names}"
+        + (f" and reserved {format_bits(rest)}" if rest else "")
         if mask & SPEC_CTRL.defined
         else (f"reserved bits {format_bits(rest)}")
     )
@@ -87,23 +90,28 @@ def matrix(groups: Sequence[Group], rule: Rule) -> str:
         lines += paragraph(f"{clean(group.first.name)}{more}: {clean(group.first.what)}", f"{number:>4}  ", "      ")
         lines += paragraph(f"a guest may hold bits {_bits(group.first.holds)}", "      ", "      ")
     lines.append("")
-    width = 2 if len(groups) < 10 else 3
-    shown = groups[:22]
-    lines.append("from\\to" + "".join(f"{number:>{width}}" for number in range(1, len(shown) + 1)))
-    for number, source in enumerate(groups, 1):
-        marks = [_MARKS[move(rule, source.first, target.first).word] for target in shown]
-        lines.append(f"{number:>7}" + "".join(f"{mark:>{width}}" for mark in marks))
-    lines.append("        . works   l lost without a word   R refused")
-    if len(groups) > len(shown):
-        lines.append(f"        columns of the first {len(shown)} kinds; --json has all")
-    lines += ["", *_mended(mended([group.first for group in groups]))]
+    width = 2 if len(groups) < 10 else 3 if len(groups) < 100 else 4
+    room = (WIDTH - 7) // width
+    for start in range(0, len(groups), room):
+        shown = groups[start : start + room]
+        lines.append("from\\to" + "".join(f"{number:>{width}}" for number in range(start + 1, start + len(shown) + 1)))
+        for number, source in enumerate(groups, 1):
+            marks = [_MARKS[_word(rule, source.first, target.first)] for target in shown]
+            lines.append(f"{number:>7}" + "".join(f"{mark:>{width}}" for mark in marks))
+    lines.append("        . works   l lost without a word   R refused   ? no guest CPUID in common")
+    lines += ["", *_mended([group.first for group in groups], broken=breaks(groups, rule))]
     return joined(lines)
+
+
+def _word(rule: Rule, source: Place, target: Place) -> str:
+    """Say what becomes of a move; "" if there is no guest that both know."""
+    return move(rule, source, target).word if comparable(source, target) else ""
 
 
 def breaks(groups: Sequence[Group], rule: Rule) -> bool:
     """Tell whether some move between two kinds of machine breaks."""
     return any(
-        move(rule, source.first, target.first).word != "works"
+        _word(rule, source.first, target.first) not in ("works", "")
         for source in groups
         for target in groups
         if source is not target or len(source.places) > 1
@@ -134,33 +142,48 @@ def as_json(groups: Sequence[Group]) -> str:
             }
             for number, source in enumerate(groups)
             for other, target in enumerate(groups)
-            if source is not target or len(source.places) > 1
+            if (source is not target or len(source.places) > 1) and comparable(source.first, target.first)
             for rule in RULES
             for done in [move(rule, source.first, target.first)]
         ],
     }
     found = mended([group.first for group in groups])
-    document["pool"] = {
-        "keeps": hex64(found.keeps),
-        "hide": str(Profile(found.hide)).split(",") if found.hide else [],
-        "hide_for_every_guest": str(Profile(found.closes)).split(",") if found.closes else [],
-    }
+    if found is not None:  # missing means that it cannot be told
+        document["pool"] = {
+            "keeps": hex64(found.keeps),
+            "hide": str(Profile(found.hide)).split(",") if found.hide else [],
+            "hide_for_every_guest": str(Profile(found.closes)).split(",") if found.closes else [],
+        }
     return json.dumps(document, indent=2) + "\n"
 
 
-def _mended(found: Mend) -> list[str]:
+def _mended(places: Sequence[Place], *, broken: bool) -> list[str]:
+    found = mended(places)
+    if found is None:
+        why = (
+            "these machines keep nothing of what they take (emulated ones do), so that a loss says nothing of hardware"
+            if in_common(places)
+            else "no guest CPUID was measured on all of them"
+        )
+        return paragraph(f"what would make this pool safe cannot be told: {why}")
     lines = paragraph(f"every machine takes and keeps: {_named(found.keeps) if found.keeps else 'none of the bits'}")
     if not found.hide and not found.closes:
-        return [*lines, "no guest needs another CPUID: the pool is safe"]
+        told = "moves break all the same, as above" if broken else "no guest needs another CPUID: the pool is safe"
+        return [*lines, told]
     if found.hide:
         lines += paragraph(
-            f"safe for guests that set only what their CPUID enumerates, if they do not get: {features_of(found.hide)}"
+            f"leave out of guests' CPUID: {features_of(found.hide)}; then guests are safe that set only what their "
+            "CPUID enumerates"
         )
     else:
         lines += paragraph("safe as it is for guests that set only what their CPUID enumerates")
     if found.closes:
+        hole = held_without(places)
         lines += paragraph(
-            f"safe for every guest only without the register, that is without: {features_of(found.closes)} "
-            "(KVM lets a guest through after its first write)"
+            "for guests that set what they like, no CPUID makes it safe: one without any of these bits may hold "
+            f"{_named(hole)}"
+            if hole
+            else "for guests that set what they like, hide the register: leave out all of "
+            f"{features_of(found.closes)}, too"
         )
     return lines

@@ -26,7 +26,7 @@ def render(records: Sequence[MigrationRecord]) -> str:
     study = records[0].study
     rule = next((RULES[entry.rule] for record in records for entry in record.arrivals if entry.rule in RULES), None)
     lines: list[str] = []
-    if study:
+    if study and all(departed_of(one).program == STUDY for record in records for one in record.departures):
         lines += paragraph(f"study {study}: a guest sets a bit that the mask of 2020 does not know (PSFD), and moves")
         lines += paragraph(str(STUDY), "  ", "    ")
         lines += paragraph(f"on the destination the same policy, or {STUDY_TO.name}")
@@ -38,7 +38,7 @@ def render(records: Sequence[MigrationRecord]) -> str:
     if study and rule is not None:
         lines += ["", *_calculated(rule)]
     for record in records:
-        lines += [line for told in record.complaints for line in paragraph(told)]
+        lines += [line for told in (*record.complaints, *record.notes) for line in paragraph(told, mark, mark)]
     return joined(lines)
 
 
@@ -61,7 +61,7 @@ def _measured(record: MigrationRecord, *, with_kernel: bool) -> list[str]:
             if departure.kernel == kernel
         ]
         if record.study:
-            lines += [_head(), *(line for pair in pairs for line in _study_row(*pair))]
+            lines += [_head(), *(line for pair in pairs for line in _study_row(*pair)), *_verdict(pairs)]
         else:
             lines += [line for pair in pairs for line in _program(*pair)]
     return lines
@@ -69,6 +69,21 @@ def _measured(record: MigrationRecord, *, with_kernel: bool) -> list[str]:
 
 def _bits(mask: str) -> str:
     return f"bits {format_bits(parse_hex64(mask))}"
+
+
+def _verdict(pairs: Sequence[tuple[DepartureEntry, Sequence[ArrivalEntry]]]) -> list[str]:
+    """Say whether the models agreed, and what the mark means."""
+    every = [entry for _, arrivals in pairs for entry in arrivals]
+    wrong = sum(bool(entry.differs) for entry in every) + sum(bool(departure.differs) for departure, _ in pairs)
+    told = f"NOT as the models say: {wrong}" if wrong else f"all {len(every)} outcomes as the models say"
+    lines = paragraph(told, "  ", "  ")
+    if any(departed_of(departure).gone for departure, _ in pairs):
+        lines += paragraph(
+            "* what it wrote was gone before it left: this register keeps nothing, and there was nothing to lose",
+            "  ",
+            "    ",
+        )
+    return lines
 
 
 def _head() -> str:
@@ -82,7 +97,8 @@ def _row(name: str, answers: Sequence[Answer | None], reads: int | None, outcome
 
 def _study_row(departure: DepartureEntry, arrivals: Sequence[ArrivalEntry]) -> list[str]:
     departed = departed_of(departure)
-    outcomes = [entry.outcome for entry in arrivals]
+    gone = "*" if departed.gone else ""
+    outcomes = [f"{entry.outcome}{gone}" for entry in arrivals]
     lines = [_row(departure.policy or ALONE, departed.answers, departed.reads, outcomes)]
     differs = [text for text in (departure.differs, *(entry.differs for entry in arrivals)) if text]
     return lines + [line for text in differs for line in paragraph(f"NOT AS CALCULATED: {text}", "    ", "    ")]
@@ -91,6 +107,11 @@ def _study_row(departure: DepartureEntry, arrivals: Sequence[ArrivalEntry]) -> l
 def _program(departure: DepartureEntry, arrivals: Sequence[ArrivalEntry]) -> list[str]:
     lines = [part.strip() for part in departure.program.split(";")]
     lines.append(f"# under {departure.policy or ALONE} the guest reads {_told(departure.reads)}")
+    gone = departed_of(departure).gone
+    if gone:
+        lines += paragraph(
+            f"NOTHING TO MOVE: bits {format_bits(gone)} that it wrote were gone before it left", "# ", "# "
+        )
     if departure.differs:
         lines += paragraph(f"NOT AS CALCULATED: {departure.differs}", "# ", "# ")
     for entry in arrivals:
@@ -98,8 +119,8 @@ def _program(departure: DepartureEntry, arrivals: Sequence[ArrivalEntry]) -> lis
         where = f"under {entry.policy or ALONE}" + (f", CPUID {entry.profile}" if entry.profile else "")
         reads = "" if entry.outcome == "refused" else f", it reads {_told(entry.reads)}"
         lines += paragraph(f"sent: {sent}; {where}{reads}: {entry.outcome}", "# ", "# ")
-        if entry.differs:
-            lines += paragraph(f"NOT AS CALCULATED: {entry.differs}", "# ", "# ")
+        said = f"NOT AS CALCULATED: {entry.differs}" if entry.differs else "as the models say"
+        lines += paragraph(said, "# ", "# ")
     return lines
 
 

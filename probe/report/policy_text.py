@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from probe.models.cost import Cost, Costs, switches_for_one_percent
 from probe.models.difference import Difference
-from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus
-from probe.models.machine import DENY_READ, DENY_WRITE, Machine, Stepping
+from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus, forgets
+from probe.models.machine import DENY_READ, DENY_WRITE, Machine
 from probe.models.migration import Rule
 from probe.models.moving import STUDY_CPU
 from probe.models.policy import POLICIES, Policy, PolicyMachine
@@ -28,28 +28,35 @@ def catalogue(example: str) -> str:
     return text + "".join(f"  {line}".rstrip() + "\n" for line in example.splitlines())
 
 
-def compared(one: Policy, other: Policy, over: Machine, found: Difference | None, machines: Sequence[Stepping]) -> str:
-    """Return where two policies differ: the smallest case, and the named CPUs and systems that live under one only."""
+def fates(one: PolicyMachine, other: PolicyMachine) -> list[str]:
+    """Return the named CPUs and systems that take #GP under one of two policies, and not under the other."""
+    told = []
+    for cpu in cpus():
+        for system in SYSTEMS:
+            dies = [breaks(machine, cpu, system) is not None for machine in (one, other)]
+            if dies[0] != dies[1]:
+                where = (one if dies[0] else other).policy.name
+                told.append(f"  {cpu.name:<24}{system.name:<10}{system.fate} under {where}")
+    return told
+
+
+def compared(one: Policy, other: Policy, over: Machine, found: Difference | None, differ: Sequence[str]) -> str:
+    """Return where two policies differ: the smallest case, and the guests that live under one only, as fates() says."""
     lines = [*paragraph(f"{one.name}: {one.title}"), *paragraph(f"{other.name}: {other.title}")]
-    lines += paragraph(f"both over {over.name}: {over.title}")
+    lines += paragraph(f"calculated, both over {over.name}: {over.title}")
     lines.append("")
     if found is None:
-        lines += paragraph("no guest sees a difference in up to 2 accesses, on any named CPUID or single bit of one")
+        lines += paragraph(
+            "no difference in any one or two accesses, of 0, each defined bit, bits 9 and 63, 0x3, 0x5, 0x6, 0x7, "
+            "0x87, on any named CPUID or single bit of one"
+        )
     else:
         lines += paragraph(f"the smallest case, on {found.host}:")
         lines += paragraph(written(found.program, [a for a in found.one[:-1] if a is not None]), "  ", "  ")
         for policy, said in ((one, found.one), (other, found.other)):
             last = said[-1]
             lines.append(f"  {policy.name:<26}{'nothing' if last is None else format_answer(last)}")
-    lines += ["", "guests that take #GP under one and not under the other:"]
-    told = []
-    for cpu in cpus():
-        for system in SYSTEMS:
-            dies = [breaks(machine, cpu, system) is not None for machine in machines]
-            if dies[0] != dies[1]:
-                where = (one if dies[0] else other).name
-                told.append(f"  {cpu.name:<24}{system.name:<10}{system.fate} under {where}")
-    return joined([*lines, *(told or ["  none"])])
+    return joined([*lines, "", "guests that take #GP under one and not under the other:", *(differ or ["  none"])])
 
 
 _ASKED = {0: "none", DENY_WRITE: "writes", DENY_READ | DENY_WRITE: "all"}
@@ -60,29 +67,32 @@ def summary(machines: Sequence[PolicyMachine], rule: Rule, found: Costs | None) 
 
     found is what was measured, None if nothing was.
     """
-    heads = [f"{'':<26}{'guests':>9}{'moves':>9}{'moves':>6}  {'accesses':<10}"]
-    heads.append(f"{'policy':<26}{'take #GP':>9}{'refused':>9}{'lost':>6}  {'to the VMM':<10}")
+    heads = [f"{'':<25}{'guests:':>8}{'bits':>9}{'moves:':>8}{'':>5}  {'come':<8}"]
+    heads.append(f"{'policy':<25}{'take #GP':>8}{'forgot':>9}{'refused':>8}{'lost':>5}  {'to VMM':<8}")
     if found is not None:
-        heads[0] += f"{'WRMSR,':>10}"
-        heads[1] += f"{'cycles':>10}"
+        heads[0] += f"{'WRMSR,':>9}"
+        heads[1] += f"{'cycles':>9}"
     lines = [head.rstrip() for head in heads]
     measured = {name.partition(",")[0]: (name, write) for name, write, _ in found.policies} if found else {}
     for machine in machines:
         dead = sum(breaks(machine, cpu, system) is not None for cpu in cpus() for system in SYSTEMS)
         words = [done.word for *_, done in broken_moves(machine, rule)]
-        line = f"{machine.policy.name:<26}{dead:>9}{words.count('refused'):>9}{words.count('lost'):>6}"
-        line += f"  {_ASKED[machine.asked_for(STUDY_CPU.guest, STUDY_CPU.host)]:<10}"
+        forgetful = sum(forgets(machine, cpu) != 0 for cpu in cpus())
+        line = f"{machine.policy.name[:24]:<25}{dead:>8}{forgetful:>9}"
+        line += f"{words.count('refused'):>8}{words.count('lost'):>5}"
+        line += f"  {_ASKED[machine.asked_for(STUDY_CPU.guest, STUDY_CPU.host)]:<8}"
         if machine.policy.name in measured:
             name, write = measured[machine.policy.name]
-            line += f"{'#GP' if write.median is None else format(write.median, ','):>10}{'*' if ',' in name else ''}"
+            line += f"{'#GP' if write.median is None else format(write.median, ','):>9}{'*' if ',' in name else ''}"
         lines.append(line.rstrip())
     each = len(cpus())
     lines += [
         "",
         *paragraph(
-            f"guests: of {each * len(SYSTEMS)}, {len(SYSTEMS)} systems on {each} named CPUs. moves: of "
-            f"{each * (each - 1)} between these CPUs, by the rule of {rule.name}. accesses: those of a guest that has "
-            "set a bit and still come to the VMM, an exit each; KVM answers the others, or nobody needs to."
+            f"guests: of {each * len(SYSTEMS)}, {len(SYSTEMS)} systems on {each} named CPUs. forgot: on how many of "
+            "these a write of a bit that the guest's CPUID enumerates succeeds and does nothing. moves: of "
+            f"{each * (each - 1)} between these CPUs, by the rule of {rule.name}. to VMM: the accesses of a guest "
+            "that has set a bit that still come to it, an exit each; KVM answers the others, or nobody needs to."
         ),
     ]
     if any("," in name for name, _ in measured.values()):
@@ -125,7 +135,12 @@ def moves(machines: Sequence[PolicyMachine], rule: Rule) -> str:
 
 def costs(found: Costs) -> str:
     """Return what accesses cost, in TSC cycles: median, and between which values nine of ten lie."""
-    lines = [f"TSC cycles in the guest, TSC at {found.khz / 1e6:.3f} GHz; median (5 % .. 95 %)", ""]
+    lines = [f"TSC cycles in the guest, TSC at {found.khz / 1e6:.3f} GHz; median (5 % .. 95 %)"]
+    lines += paragraph(
+        "every row contains the timing itself; 1 % is of what a write costs above it. A policy in KVM itself would "
+        "cost an exit to KVM, one in a VMM an exit to it and its own time: this one is in Python"
+    )
+    lines.append("")
     for cost in found.bare:
         lines.append(f"  {cost.what:<45}{_number(cost)}")
     if (found.bare[0].median or 0) > 1000:
@@ -140,7 +155,7 @@ def costs(found: Costs) -> str:
         per_second = switches_for_one_percent(found, write)
         told = f"    RDMSR {_number(read)}"
         if per_second is not None:
-            told += f"; 1 % at {per_second:,} switches a second"
+            told += f"; 1 % of a CPU at {per_second:,} writes a second"
         lines.append(told)
     return joined(lines)
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +37,7 @@ from probe.models.migration import BY_NAME as RULES
 from probe.models.policy import BY_NAME, POLICIES, Policy, PolicyMachine, complete
 from probe.models.profile import NAMED, parse_profile
 from probe.models.program import Word, format_answer, parse
-from probe.report import kvm_text, policy_text
+from probe.report import kvm_text, moved_text, policy_text
 
 pytestmark = pytest.mark.kvm
 ROOT = Path(__file__).parents[2]
@@ -182,7 +185,7 @@ def test_a_guest_that_moves() -> None:
     assert [one.outcome for one in lost.arrivals] == ["lost"]
     mine = Policy("mine", "", "", lambda *given: 7)  # type: ignore[arg-type]
     nonsense = moved(text, mine, old)
-    assert any("policy mine returned 7, no Decision" in one for one in nonsense.complaints)
+    assert any("policy mine returned int, no Decision (7)" in one for one in nonsense.complaints)
     assert as_calculated(nonsense), "the model lives with it as the VMM does"
 
 
@@ -251,3 +254,60 @@ def test_guests_that_left_elsewhere_arrive_here(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "measured, 5.0-elsewhere to" in done.stdout
     assert "under forced-shadow, it reads 0x3: works" in " ".join(done.stdout.replace("# ", "").split())
+
+
+def test_ctrl_c_while_a_policy_decides(tmp_path: Path) -> None:
+    """The mapping that a traceback holds must not hide what happened: 130, and nothing else."""
+    (tmp_path / "busy.py").write_text(
+        "import time\nfrom probe.models.policy import complete\n\ndef decide(host, guest, vcpu, value):\n"
+        "    end = time.monotonic() + 0.3\n    while time.monotonic() < end:\n        pass\n"
+        "    return complete(value)\n"
+    )
+    (tmp_path / "p").write_text("profile AMD_IBRS; " + "; ".join(["guest-wr 0x48 0x1"] * 40))
+    for _ in range(4):
+        running = subprocess.Popen(
+            [sys.executable, "-m", "probe", "kvm", "migrate", tmp_path / "p", "--from-policy", tmp_path / "busy.py"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(2.5)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 130, said
+        assert "internal error" not in said
+
+
+def test_a_policys_own_run_leaves_no_record_if_it_did_not_decide(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def decide(host, guest, vcpu, value):\n    return compleet(value)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "probe", "kvm", "policy", tmp_path / "broken.py", "--profile", "AMD_IBRS"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "the policy DID NOT DECIDE" in " ".join(done.stdout.split())
+    assert "no record: " in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_without_filters_the_study_is_of_kvm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old(Kvm):
+        def check_extension(self, cap: int) -> int:
+            return 0 if cap == uapi.KVM_CAP_X86_MSR_FILTER else super().check_extension(cap)
+
+    monkeypatch.setattr("kernel_harness.kvm.migrate.Kvm", Old)
+    record = migrate(None, [], source=None, target=None, profile="", rule="kvm", arguments=[])
+    assert [one.policy for one in record.departures] == [""]
+    assert len(record.arrivals) == 1
+    assert "the study is of KVM alone" in " ".join(moved_text.render([record]).split())
+
+
+def test_a_program_that_expects_otherwise_is_told() -> None:
+    done = moved("profile AMD_IBRS; guest-wr 0x48 0x1 -> gp", BY_NAME["forced-shadow"], BY_NAME["forced-shadow"])
+    assert not as_calculated(done)
+    assert done.departures[0].differs == "operation 1: the program expects gp"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
+import msgspec.structs
 import pytest
 
 from probe import migration_record as mig
@@ -67,33 +67,52 @@ def test_the_study_of_the_thread(policies: tuple[str, ...], wanted: tuple[str, i
         assert study(policy) == wanted, policy
 
 
+class Vcpu:
+    """Takes the bits of a mask; None: nothing, 0 neither."""
+
+    def __init__(self, takes: int | None) -> None:
+        self.takes = takes
+        self.value = 0
+
+    def put(self, value: int) -> bool:
+        taken = self.takes is not None and not value & ~self.takes
+        self.value = value if taken else self.value
+        return taken
+
+    def read(self) -> int | None:
+        return self.value
+
+    def saved(self) -> int | None:
+        return self.value
+
+
 @pytest.mark.parametrize(
     ("rule", "held", "listed", "wanted"),
     [
-        ("kvm", 0x3, True, Arrived(0x3, 0x3, "works")),
-        ("kvm", 0x7, True, Arrived(0x7, None, "refused")),
-        ("qemu", 0x7, True, Arrived(0x7, None, "refused")),
-        ("qemu", 0x0, True, Arrived(None, 0x0, "works")),
+        ("kvm", 0x3, True, Arrived(0x3, 0x3, 0x3, "works")),
+        ("kvm", 0x7, True, Arrived(0x7, None, None, "refused")),
+        ("qemu", 0x7, True, Arrived(0x7, None, None, "refused")),
+        ("qemu", 0x0, True, Arrived(None, 0x0, 0x0, "works")),
         # The destination without the MSR: QEMU loses it without a word, Firecracker fails, of 0 too.
-        ("qemu", 0x3, False, Arrived(0x3, 0x0, "lost")),
-        ("firecracker", 0x0, False, Arrived(0x0, None, "refused")),
-        ("cloud-hypervisor", 0x3, False, Arrived(0x3, 0x0, "lost")),
-        ("cloud-hypervisor", 0x7, True, Arrived(0x7, 0x0, "lost")),
+        ("qemu", 0x3, False, Arrived(0x3, 0x0, 0x0, "lost")),
+        ("firecracker", 0x0, False, Arrived(0x0, None, None, "refused")),
+        ("cloud-hypervisor", 0x3, False, Arrived(0x3, 0x0, 0x0, "lost")),
+        ("cloud-hypervisor", 0x7, True, Arrived(0x7, 0x0, 0x0, "lost")),
         # SSBD is not in the guest's policy: the source clamps it.
-        ("xen", 0x7, True, Arrived(0x3, 0x3, "changed")),
+        ("xen", 0x7, True, Arrived(0x3, 0x3, 0x3, "changed")),
     ],
 )
 def test_a_guest_arrives_by_a_rule(rule: str, held: int, listed: bool, wanted: Arrived) -> None:
     departed = Departed(PROGRAM, (Word.OK,), reads=held, held=held, listed=True)
-    stored = [0]
+    vcpu = Vcpu(takes=0x3 if listed else None)
+    assert arrive(departed, RULES[rule], listed, vcpu) == wanted
 
-    def put(value: int) -> bool:
-        if not listed or value & ~0x3:
-            return False
-        stored[0] = value
-        return True
 
-    assert arrive(departed, RULES[rule], listed, put, lambda: stored[0]) == wanted
+def test_qemu_writes_0_where_nothing_was_sent() -> None:
+    """kvm_buf_set_msrs() puts what the destination lists, whatever came: a kernel that refuses 0 ends it."""
+    nothing = Departed(PROGRAM, (Word.OK,), reads=0, held=0, listed=True)
+    assert arrive(nothing, RULES["qemu"], True, Vcpu(takes=None)).outcome == "refused"
+    assert arrive(nothing, RULES["xen"], True, Vcpu(takes=None)).outcome == "works", "Xen leaves out what is 0"
 
 
 def test_a_source_without_the_register_sends_nothing_by_its_list() -> None:
@@ -104,11 +123,27 @@ def test_a_source_without_the_register_sends_nothing_by_its_list() -> None:
 
 
 def test_outcomes() -> None:
-    assert LEFT.outcome(0x3) == "works"
-    assert LEFT.outcome(0x1) == "changed"
-    assert LEFT.outcome(0x0) == "lost"
-    assert LEFT.outcome(None) == "unreadable", "its CPUID has no such register there"
-    assert Departed(PROGRAM, (Word.GP,), reads=None, held=0, listed=True).outcome(None) == "works"
+    assert LEFT.outcome(0x3, 0x3) == "works"
+    assert LEFT.outcome(0x1, 0x1) == "changed"
+    assert LEFT.outcome(0x0, 0x0) == "lost"
+    assert LEFT.outcome(None, 0x3) == "unreadable", "its CPUID has no such register there"
+
+
+def test_what_the_vmm_holds_counts_where_the_guest_reads_the_same() -> None:
+    silent = Departed(PROGRAM, (Word.OK,), reads=0x0, held=0x3, listed=True)
+    assert silent.outcome(0x0, 0x3) == "works"
+    assert silent.outcome(0x0, 0x0) == "lost", "the next move sends 0"
+    unreadable = Departed(PROGRAM, (Word.GP,), reads=None, held=0x1, listed=True)
+    assert unreadable.outcome(None, 0x1) == "works", "it could not read it before, either"
+    assert unreadable.outcome(None, None) == "lost"
+
+
+def test_what_was_gone_before_it_left() -> None:
+    gone = Departed(PROGRAM, (Word.OK,), reads=0x1, held=0x1, listed=True)
+    assert gone.gone == 0x2
+    assert LEFT.gone == 0
+    refused = Departed(PROGRAM, (Word.GP,), reads=0, held=0, listed=True)
+    assert refused.gone == 0, "what was refused was never there"
 
 
 def test_a_model_that_does_not_say_departs_with_nothing() -> None:
@@ -119,7 +154,7 @@ def test_a_model_that_does_not_say_departs_with_nothing() -> None:
 
 def test_the_destinations_own_cpuid_decides() -> None:
     said = calculate_arrival(LEFT, PolicyMachine(BY_NAME["emulate"], KERNEL), RULES["kvm"], HOST, EMPTY)
-    assert said == Arrived(0x3, None, "refused")
+    assert said == Arrived(0x3, None, None, "refused")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy.name))
@@ -148,8 +183,8 @@ def record(kernel: str = "6.1.0", study_name: str = "", differs: str = "") -> mi
     zero = hex64(0)
     departures = [mig.departure_entry(LEFT, kernel, "emulate", differs)]
     arrivals = [
-        mig.arrival_entry(Arrived(0x3, 0x3, "works"), 0, "qemu", "emulate"),
-        mig.arrival_entry(Arrived(0x3, None, "refused"), 0, "qemu", "kvm-5.6-mask", "empty"),
+        mig.arrival_entry(Arrived(0x3, 0x3, 0x3, "works"), 0, "qemu", "emulate"),
+        mig.arrival_entry(Arrived(0x3, None, None, "refused"), 0, "qemu", "kvm-5.6-mask", "empty"),
     ]
     return mig.MigrationRecord(
         kind="migration",
@@ -188,6 +223,7 @@ def test_two_runs_on_one_kernel_are_one_record() -> None:
     report = moved_text.render([both])
     assert "measured, b to a" in report
     assert report.count("under kvm-5.6-mask, CPUID empty: refused") == 2
+    assert report.count("as the models say") == 4
     assert all(len(line) <= 75 for line in report.splitlines())
 
 
@@ -255,6 +291,7 @@ def test_a_cut_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ["--rule", "vmware"],
         ["--from-policy", "emulate"],
         ["--to-profile", "empty"],
+        ["--restore", "EMPTY"],
         ["--restore", "FILE", "PROGRAM"],
         ["--restore", "FILE", "--from-policy", "xen"],
         ["PROGRAM", "--from-policy", "nope"],
@@ -263,5 +300,6 @@ def test_a_cut_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_contradicts_itself_is_usage(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "m.json").write_bytes(mig.encode(record()))
     (tmp_path / "p").write_text(str(PROGRAM))
-    names = {"FILE": str(tmp_path / "m.json"), "PROGRAM": str(tmp_path / "p")}
+    (tmp_path / "e.json").write_bytes(mig.encode(msgspec.structs.replace(record(), departures=[], arrivals=[])))
+    names = {"EMPTY": str(tmp_path / "e.json"), "FILE": str(tmp_path / "m.json"), "PROGRAM": str(tmp_path / "p")}
     assert main(["kvm", "migrate", *(names.get(word, word) for word in arguments)]) == 2
