@@ -3,12 +3,13 @@
 # make test    set up, then every tier that this machine can hold
 # make check   format, lint, types
 # make bench   the speed figures, as ratios in one run
+# make docs    the manual page and the shells' completions in share/, from the parser
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test check bench clean
+.PHONY: run test check bench docs clean
 
 run: $(READY)
 	@$(VENV)/bin/spec-ctrl-probe run $(ARGS) || test $$? -eq 1
@@ -25,6 +26,9 @@ check: $(READY)
 bench: $(READY)
 	@tests/install-packages test
 	@$(PYTHON) -m tests.bench $(ARGS)
+
+docs: $(READY)
+	@$(PYTHON) -m tests.share
 
 $(READY): pyproject.toml tests/install-packages
 	@tests/install-packages

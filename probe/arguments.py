@@ -10,12 +10,7 @@ from probe import __version__
 from probe.errors import ExitCode
 from probe.masks import parse_list
 
-_EPILOG = """\
-exit codes:
-  0  as predicted          1  findings             2  usage
-  3  the tool failed       4  requirement missing  5  a register could not be put back
-  130  interrupted, everything put back
-"""
+_EPILOG = "exit codes:\n" + "".join(f"  {int(code):<5}{code.meaning}\n" for code in ExitCode)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -347,8 +342,8 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     inner = models.add_subparsers(dest="models_command", metavar="COMMAND")
     diff = inner.add_parser("diff", help="the shortest program on which two state machines differ")
-    diff.add_argument("one", metavar="A")
-    diff.add_argument("other", metavar="B")
+    diff.add_argument("one", metavar="A", help="a state machine (see: models)")
+    diff.add_argument("other", metavar="B", help="another one")
     migrate = commands.add_parser(
         "migrate",
         help="say what breaks when guests move between recorded machines",

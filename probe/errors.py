@@ -9,15 +9,24 @@ from errno import errorcode
 
 
 class ExitCode(IntEnum):
-    """Exit codes of spec-ctrl-probe; 4 is what kselftest uses for a skip."""
+    """Exit codes of spec-ctrl-probe, and what --help and the manual page say of each; 4 is kselftest's for a skip."""
 
-    AS_PREDICTED = 0
-    FINDINGS = 1
-    USAGE = 2
-    FAILED = 3
-    REQUIREMENT_MISSING = 4
-    NOT_RESTORED = 5
-    INTERRUPTED = 130
+    meaning: str
+
+    AS_PREDICTED = 0, "as predicted"
+    FINDINGS = 1, "findings; a bit without an answer is one"
+    USAGE = 2, "usage"
+    FAILED = 3, "the tool failed, a file is not what it should be, or a policy did not decide"
+    REQUIREMENT_MISSING = 4, "a requirement is missing, the machine refuses, or nothing could be measured"
+    NOT_RESTORED = 5, "a register could not be put back, or not be shown to be back"
+    INTERRUPTED = 130, "interrupted; everything is put back"
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        """Make a member of its number and its meaning."""
+        code = int.__new__(cls, value)
+        code._value_ = value
+        code.meaning = meaning
+        return code
 
 
 class ProbeError(Exception):
