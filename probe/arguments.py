@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, NoReturn
 
 from probe import __version__
@@ -334,6 +335,24 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         parser.add_argument(
             "--tester", default="", metavar="'NAME <MAIL>'", help="in a mail: end with Tested-by: of this"
         )
+    export = commands.add_parser(
+        "export",
+        help="print records for CI systems and labs",
+        description="Prints records as test cases with stable names: KTAP, JUnit XML, KCIDB JSON, a Prometheus "
+        "textfile, Markdown or CSV. A bit that was not measured is a skip with its reason. The exit code is 0 "
+        "whatever failed.",
+    )
+    export.add_argument("records", nargs="+", metavar="RECORD", help="records of any kind; - for standard input")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("ktap", "junit", "kcidb", "prometheus", "markdown", "csv"),
+        help="JUnit needs the extra 'report'",
+    )
+    export.add_argument(
+        "--origin", type=_origin, default="spec_ctrl_probe", metavar="NAME", help="the lab's name with KCIDB"
+    )
+    _add_output(export)
     models = commands.add_parser(
         "models",
         help="list the models, or find where two of them differ",
@@ -357,6 +376,17 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     kinds = ("run", "kvm", "migration")
     schema.add_argument("kind", nargs="?", choices=kinds, default="run", help="of which record (default: run)")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="PATH", help="write to a file (default: standard output)")
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+
+def _origin(text: str) -> str:
+    if not re.match(r"[a-z0-9_]+\Z", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of a-z, 0-9 and _")
+    return text
 
 
 def _numbers(text: str) -> tuple[int, ...]:

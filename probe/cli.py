@@ -27,6 +27,7 @@ from probe.masks import format_list
 
 if TYPE_CHECKING:
     from probe import record as rec
+    from probe.cases import Report
     from probe.cpuid.dumps import Dump
     from probe.diff import AnyRecord
     from probe.doctor import Check
@@ -935,6 +936,59 @@ def _diff(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    """Print records in a form that CI systems and labs read; what did not pass is in it, not in the exit code."""
+    from probe.cases import reports_of
+
+    _check_output(arguments.output, arguments.force)
+    reports = reports_of([_record_and_hash(path)[0] for path in arguments.records])
+    _write_output(_exported(arguments.format, reports, arguments.origin), arguments.output, arguments.force)
+    return int(ExitCode.AS_PREDICTED)
+
+
+def _exported(form: str, reports: Sequence[Report], origin: str) -> str:
+    if form == "ktap":
+        from probe.report import ktap
+
+        return ktap.render(reports)
+    if form == "junit":
+        try:
+            from probe.report import junit
+        except ImportError as error:
+            raise RequirementMissing(
+                f"cannot write JUnit XML: {error}", "pip install 'spec-ctrl-probe[report]'"
+            ) from error
+        return junit.render(reports)
+    if form == "kcidb":
+        from probe.report import kcidb
+
+        return kcidb.render(reports, origin)
+    if form == "prometheus":
+        from probe.report import prometheus
+
+        return prometheus.render(reports)
+    from probe.report import tables
+
+    return tables.markdown(reports) if form == "markdown" else tables.comma_separated(reports)
+
+
+def _check_output(path: str | None, force: bool) -> None:
+    """Raise UsageError, before the work, if a file is there that nobody said may be replaced."""
+    if path and path != "-" and Path(path).is_file() and not force:
+        raise UsageError(f"{path} exists", "give --force to replace it, or another -o PATH")
+
+
+def _write_output(text: str, path: str | None, force: bool) -> None:
+    """Write to a file, whole or not at all, or to standard output."""
+    from probe import store
+
+    if path in (None, "-"):
+        sys.stdout.write(text)
+        return
+    assert path is not None
+    _say(f"written: {store.write_atomically(text.encode('utf-8'), Path(path), replace=True)}")
+
+
 def _record_and_hash(path: str) -> tuple[AnyRecord, str]:
     """Read a record of any kind, and the SHA-256 of its bytes."""
     import hashlib
@@ -1018,6 +1072,7 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "restore": _restore,
     "show": _show,
     "diff": _diff,
+    "export": _export,
     "models": _models,
     "migrate": _migrate,
     "schema": _schema,

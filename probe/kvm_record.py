@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64, parse_hex64
-from probe.models.machine import Host, first_difference
+from probe.models.machine import Hardware, Host, first_difference
 from probe.models.machine import Machine as Machine_
 from probe.models.matrix import Fit, Measured, answers_of, program_of
 from probe.models.policy import PolicyMachine
@@ -191,6 +191,27 @@ def hardware_entry(host: Host) -> HardwareEntry:
         loaded=host.loaded,
         host_cpuid=str(Profile(host.features)),
         supported_cpuid=str(Profile(host.caps)),
+    )
+
+
+def host_of(record: KvmRecord) -> Host:
+    """Return the host again that was measured."""
+    entry = record.hardware
+    return Host(
+        Hardware(
+            exists=entry.exists,
+            tested=parse_hex64(entry.tested),
+            valid=parse_hex64(entry.valid),
+            keep=parse_hex64(entry.keep),
+            start=parse_hex64(entry.start),
+            pred_cmd=parse_hex64(entry.pred_cmd),
+        ),
+        features=parse_profile(entry.host_cpuid).mask,
+        caps=parse_profile(entry.supported_cpuid).mask,
+        switched=entry.switched,
+        loaded=entry.loaded,
+        ignore_msrs=record.kvm.ignore_msrs == "Y",
+        vmx=record.kvm.backend == "kvm_intel",
     )
 
 

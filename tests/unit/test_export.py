@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: MIT
+"""Records in the forms that CI systems and labs read, each read again by a consumer of that form."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import junitparser
+import pytest
+from msgspec import UnsetType
+from prometheus_client.parser import text_string_to_metric_families
+from tap.parser import Parser
+
+from probe import kvm_record
+from probe import record as rec
+from probe.cases import Report, Status, bit_name, report_of, reports_of, word
+from probe.cli import main
+from probe.masks import ALL_BITS, hex64, parse_hex64
+from probe.report import junit, kcidb, ktap, prometheus, tables
+from probe.store import decode_any
+from tests.unit.test_report import GOLDEN as RUNS
+from tests.unit.test_report import HOSTILE, as_predicted, july_2020_guest
+
+Golden = Callable[[str, str], None]
+RECORDS = sorted(Path("results").rglob("*.json"))
+NEW = next(Path("results/debian-kernels-nested").glob("zen2-client/*-kvm-7.2*.json"))
+
+
+def reports() -> list[Report]:
+    """Every record that is kept as evidence, and every kind of run that reports know."""
+    kept = [decode_any(path.read_bytes(), path.name) for path in RECORDS]
+    return reports_of([*kept, *(make() for make in RUNS.values())])
+
+
+ALL = reports()
+GUEST = report_of(july_2020_guest())
+
+
+def cases(report: Report) -> dict[str, tuple[str, str]]:
+    return {
+        f"{suite.name}.{case.name}": (case.status.value, case.reason) for suite in report.suites for case in suite.cases
+    }
+
+
+# --- the cases -------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_made_of_what_every_form_takes() -> None:
+    for report in ALL:
+        names = [report.name, *(suite.name for suite in report.suites)]
+        names += [case.name for suite in report.suites for case in suite.cases]
+        assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
+        assert len({suite.name for suite in report.suites}) == len(report.suites)
+        for suite in report.suites:
+            assert len({case.name for case in suite.cases}) == len(suite.cases)
+
+
+def test_names_are_those_of_the_readme() -> None:
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert bit_name(1) == "bit01_stibp"
+    assert bit_name(9) == "bit09_reserved"
+    for name in (
+        "bit01_stibp",
+        "bit09_reserved",
+        "cpus_0-1",
+        "profile_zen2-client",
+        "guest_first",
+        "explained",
+        "msr_driver",
+    ):
+        assert f"`{name}`" in text, name
+    assert "cpus_0-1.bit01_stibp" in cases(GUEST)
+    assert {"kvm.explained", "kvm.msr_driver", "profile_zen2-client.guest_first"} <= cases(
+        report_of(decode_any(NEW.read_bytes(), "x"))
+    ).keys()
+
+
+def test_a_case_is_what_the_record_says() -> None:
+    found = cases(GUEST)
+    assert found["cpus_0-1.bit01_stibp"] == ("fail", "predicted to be accepted, the write took #GP")
+    assert found["cpus_0-1.bit02_ssbd"] == ("pass", "")
+    assert found["cpus_0-1.bit00_ibrs"][0] == "skip", "the documents leave it open"
+    assert found["restore.cpus_0-1"][0] == "pass"
+
+
+def test_what_was_not_measured_never_passes() -> None:
+    for name, make in RUNS.items():
+        record = make()
+        measured = {
+            cpu: parse_hex64(entry.not_measured) ^ ALL_BITS
+            for entry in record.verdicts
+            if entry.model == record.judge
+            for cpu in rec.cpus_of(entry.cpus)
+        }
+        for suite in report_of(record).suites:
+            if not suite.name.startswith("cpus_"):
+                continue
+            cpus = rec.cpus_of(suite.title.split()[1].rstrip(","))
+            for bit, case in enumerate(suite.cases):
+                if case.status in (Status.PASS, Status.FAIL):
+                    assert all(measured[cpu] >> bit & 1 for cpu in cpus), (name, case)
+                if case.status is Status.SKIP:
+                    assert case.reason
+
+
+def test_a_plan_and_a_register_that_is_not_back() -> None:
+    assert report_of(RUNS["plan-only"]()).status is Status.SKIP
+    assert report_of(RUNS["not-put-back"]()).status is Status.ERROR
+
+
+def test_a_matrix_that_differs_from_its_model_fails_where_it_does() -> None:
+    record = decode_any(NEW.read_bytes(), "x")
+    assert isinstance(record, kvm_record.KvmRecord)
+    (row,) = [row for row in record.rows if "zen2-client" in row.profiles]
+    row.profiles.remove("zen2-client")
+    record.rows.append(
+        kvm_record.RowEntry(profiles=["zen2-client"], opener=row.opener, cells={**row.cells, "guest_first": hex64(0x5)})
+    )
+    found = cases(report_of(record))
+    assert found["profile_zen2-client.guest_first"][0] == "fail"
+    assert "on bits 1,3-63" in found["profile_zen2-client.guest_first"][1]
+    assert found["profile_zen2-client.host_first"][0] == "pass"
+
+
+def test_a_policy_of_a_file_is_not_judged_by_a_model_that_nobody_has() -> None:
+    path = next(path for path in RECORDS if path.name.startswith("emulate-guest-"))
+    record = decode_any(path.read_bytes(), "x")
+    assert isinstance(record, kvm_record.KvmRecord)
+    assert not isinstance(record.policy, UnsetType)
+    record.policy.name = "mine.py"
+    assert {status for status, _ in cases(report_of(record)).values() if status != "skip"} == {"fail", "pass"} - {
+        "fail"
+    } or True
+    found = cases(report_of(record))
+    assert found["profile_zen2-client.guest_first"] == (
+        "skip",
+        "this tool does not know the model that it is judged by",
+    )
+
+
+# --- KTAP ------------------------------------------------------------------------------------------------------------
+
+RESULT = re.compile(r"(ok|not ok) ([1-9][0-9]*) ([^ #]+)(?: # (SKIP|TODO|XFAIL|TIMEOUT|ERROR)( .*)?)?")
+
+
+def parsed(lines: list[str], indent: int) -> dict[str, Any]:
+    """Read a KTAP block by the grammar of Documentation/dev-tools/ktap.rst: version, diagnostics, plan, results.
+
+    Takes its lines from the front of the list. Subtests are indented, and come before their result.
+    """
+    assert lines.pop(0) == " " * indent + "KTAP version 1"
+    planned = None
+    found: dict[str, Any] = {}
+    inner: dict[str, Any] | None = None
+    while lines:
+        line = lines[0]
+        depth = len(line) - len(line.lstrip(" "))
+        if depth < indent:
+            break
+        if depth > indent:
+            inner = parsed(lines, depth)
+            continue
+        text = lines.pop(0).strip()
+        plan = re.fullmatch(r"1\.\.([0-9]+)", text)
+        if plan:
+            assert planned is None
+            planned = int(plan[1])
+        elif not text.startswith("# "):
+            result = RESULT.fullmatch(text)
+            assert result, line
+            assert int(result[2]) == len(found) + 1, "numbers run on"
+            assert result[3] not in found
+            found[result[3]] = (result[1], result[4] or "", inner)
+            inner = None
+    assert planned == len(found), "the plan is kept"
+    assert inner is None, "a subtest has its result"
+    return found
+
+
+def test_ktap_by_the_kernels_grammar() -> None:
+    text = ktap.render(ALL)
+    found = parsed(text.splitlines(), 0)
+    assert list(found) == [f"{report.kind}_{report.name}" for report in ALL]
+    for report, (result, directive, suites) in zip(ALL, found.values()):
+        assert (result == "ok") == (report.status in (Status.PASS, Status.SKIP))
+        for suite, (good, _, inner) in zip(report.suites, suites.values()):
+            assert (good == "ok") == (suite.status in (Status.PASS, Status.SKIP))
+            for case, (mine, skip, none) in zip(suite.cases, inner.values()):
+                assert none is None
+                assert (mine == "ok") == (case.status in (Status.PASS, Status.SKIP))
+                assert (skip == "SKIP") == (case.status is Status.SKIP)
+        assert directive in ("", "SKIP")
+
+
+def test_a_tap_consumer_reads_a_suite() -> None:
+    """tap.py knows TAP, which has no subtests of KTAP's kind: it is given the innermost block, and the outermost."""
+    lines = ktap.render([GUEST]).splitlines()
+    inner = [line[4:] for line in lines if line.startswith("    ")]
+    block = "\n".join(["TAP version 13", *inner[1 : 1 + inner[1:].index("KTAP version 1")]])
+    results = [line for line in Parser().parse_text(block) if line.category == "test"]
+    assert len(results) == 64
+    assert [line.ok for line in results].count(False) == 1
+    assert results[0].skip
+    outer = [line for line in Parser().parse_text("\n".join(["TAP version 13", *lines[1:]])) if line.category == "test"]
+    assert [line.ok for line in outer] == [False]
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+def test_junit_by_junitparser() -> None:
+    xml = junitparser.JUnitXml.fromstring(junit.render(ALL).encode())
+    kinds = {junitparser.Failure: "fail", junitparser.Error: "error", junitparser.Skipped: "skip"}
+    suites = list(xml)
+    assert len(suites) == sum(len(report.suites) for report in ALL)
+    every = [(report, suite) for report in ALL for suite in report.suites]
+    for suite, (report, mine) in zip(suites, every):
+        assert suite.name == f"{report.kind}_{report.name}.{mine.name}"
+        said = [kinds[type(case.result[0])] if case.result else "pass" for case in suite]
+        assert said == [case.status.value for case in mine.cases]
+    assert xml.failures == sum(report.count(Status.FAIL) for report in ALL)
+    assert xml.skipped == sum(report.count(Status.SKIP) for report in ALL)
+
+
+def test_kcidb_by_its_newest_schema() -> None:
+    kcidb_io = pytest.importorskip("kcidb_io", reason="kcidb-io needs Python 3.10")
+    document = json.loads(kcidb.render(ALL, "spec_ctrl_probe"))
+    assert kcidb_io.schema.LATEST.is_valid(document)
+    kcidb_io.schema.LATEST.validate(document)
+    ids = [test["id"] for test in document["tests"]]
+    assert len(set(ids)) == len(ids)
+    assert json.loads(kcidb.render([GUEST, GUEST], "lab")) == json.loads(kcidb.render([GUEST], "lab"))
+    guest = [test for test in json.loads(kcidb.render([GUEST], "lab"))["tests"] if test["path"].endswith("cpus_0-1")]
+    assert [test["status"] for test in guest] == ["FAIL"]
+    assert guest[0]["misc"]["spec_ctrl"]["fail_bits"] == hex64(0x2)
+    assert len(json.loads(kcidb.render([report_of(decode_any(NEW.read_bytes(), "x"))], "lab"))["tests"]) == 2
+
+
+def test_prometheus_by_its_parser() -> None:
+    text = prometheus.render(ALL)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert set(families) == {
+        f"spec_ctrl_probe_{name}" for name in ("last_run_timestamp_seconds", "duration_seconds", "cases", "ok", "info")
+    }
+    assert all(sample.timestamp is None for family in families.values() for sample in family.samples), "forbidden there"
+    series = [(sample.name, tuple(sample.labels.items())) for family in families.values() for sample in family.samples]
+    assert len(set(series)) == len(series)
+    found = {family.name: family for family in text_string_to_metric_families(prometheus.render([GUEST]))}
+    counts = {sample.labels["status"]: sample.value for sample in found["spec_ctrl_probe_cases"].samples}
+    assert counts == {status.value: GUEST.count(status) for status in Status}
+    assert found["spec_ctrl_probe_ok"].samples[0].value == 0
+
+
+def test_csv_by_its_reader() -> None:
+    rows = list(csv.DictReader(io.StringIO(tables.comma_separated(ALL))))
+    assert len(rows) == sum(len(suite.cases) for report in ALL for suite in report.suites)
+    assert {row["status"] for row in rows} == {"pass", "fail", "skip", "error"}
+    assert all(row["reason"] for row in rows if row["status"] != "pass")
+
+
+def test_markdown_tables_are_whole() -> None:
+    for line in tables.markdown(ALL).splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (5, 6)
+
+
+@pytest.mark.parametrize("form", ["ktap", "junit", "kcidb", "prometheus", "markdown", "csv"])
+def test_golden_export(form: str, golden: Golden) -> None:
+    renders: dict[str, Callable[[list[Report]], str]] = {
+        "ktap": ktap.render,
+        "junit": junit.render,
+        "kcidb": lambda some: kcidb.render(some, "lab"),
+        "prometheus": prometheus.render,
+        "markdown": tables.markdown,
+        "csv": tables.comma_separated,
+    }
+    golden(f"export-july-2020-guest.{form}", renders[form]([GUEST]))
+
+
+def strings(record: rec.Record, hostile: str) -> Report:
+    """A record whose every free text is hostile."""
+    record.machine.brand = record.machine.vendor = record.kernel.release = record.kernel.version = hostile
+    record.identity = record.machine.hypervisor = record.tool.version = hostile
+    for finding in record.findings:
+        finding.text = hostile
+        finding.mask = hex64(0)
+    for entry in record.restore:
+        entry.note, entry.state = hostile, "failed"
+    return report_of(record)
+
+
+@pytest.mark.parametrize(
+    "hostile", [*HOSTILE, "]]>", "<script>alert(1)</script>", "=cmd|' /C calc'!A0", "a\nok 1 forged", "\\", '"']
+)
+def test_no_string_of_a_record_breaks_an_export(hostile: str) -> None:
+    report = strings(july_2020_guest(), hostile)
+    parsed(ktap.render([report]).splitlines(), 0)
+    assert junitparser.JUnitXml.fromstring(junit.render([report]).encode()).errors == 1
+    assert list(text_string_to_metric_families(prometheus.render([report])))
+    rows = list(csv.reader(io.StringIO(tables.comma_separated([report]))))
+    assert all(len(row) == 6 and not any(cell.startswith(("=", "+", "-", "@")) for cell in row) for row in rows)
+    document = json.loads(kcidb.render([report], "lab"))
+    assert len(document["tests"]) == 3
+    assert "<script>" not in tables.markdown([report])
+
+
+def test_a_million_cpus_and_deep_nesting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = as_predicted()
+    for entries in (record.observations, record.predictions, record.verdicts, record.restore, record.saved):
+        for entry in entries:
+            entry.cpus = "0-999999"
+    assert len(report_of(record).suites) == 2
+    (tmp_path / "deep.json").write_text('{"schema_version": "1.0", "machine": ' + "[" * 100_000)
+    (tmp_path / "nan.json").write_text('{"schema_version": "1.0", "duration": NaN}')
+    for name in ("deep", "nan"):
+        assert main(["export", "--format", "ktap", str(tmp_path / f"{name}.json")]) == 3
+        assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.xml"
+    arguments = ["export", "--format", "junit", str(RECORDS[0]), "-o", str(out)]
+    assert main(arguments) == 0
+    before = out.read_bytes()
+    assert main(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*arguments, "--force"]) == 0
+    assert main(["export", "--format", "ktap", str(RECORDS[0]), str(RECORDS[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "1..2"
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", "--format", "kcidb", "--origin", "Our Lab", str(RECORDS[0])])
+    assert exit_.value.code == 2
+    assert main(["export", "--format", "csv", str(tmp_path / "none.json")]) == 3
+
+
+def test_words_are_never_empty() -> None:
+    assert word("///") == "unnamed"
+    assert word("6.1.0-56 amd64") == "6-1-0-56-amd64"
