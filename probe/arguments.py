@@ -353,6 +353,15 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--origin", type=_origin, default="spec_ctrl_probe", metavar="NAME", help="the lab's name with KCIDB"
     )
     _add_output(export)
+    html = commands.add_parser(
+        "html",
+        help="write one page of records, to look at",
+        description="Writes one self-contained page: a heat map of bits by CPUs or guest CPUIDs, findings, models with "
+        "their first divergence, circumstances; of two records of one kind also what moved. It needs no network, and "
+        "no JavaScript to be read.",
+    )
+    html.add_argument("records", nargs="+", metavar="RECORD", help="records of any kind; - for standard input")
+    _add_output(html)
     models = commands.add_parser(
         "models",
         help="list the models, or find where two of them differ",

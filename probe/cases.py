@@ -7,8 +7,9 @@ which no document says a thing, is a skip with its reason, never a pass.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -19,9 +20,10 @@ from probe import record as rec
 from probe.diff import AnyRecord, kind_of
 from probe.masks import ALL_BITS, format_bits, format_list, parse_hex64, parse_list
 from probe.models import machines
-from probe.models.machine import Machine
+from probe.models.machine import Host, Machine
 from probe.models.matrix import BESIDE, CELLS, Cell, Expected, Measured, expected, expected_by_programs
 from probe.models.policy import BY_NAME, PolicyMachine
+from probe.models.profile import Profile
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
 
@@ -225,22 +227,29 @@ def judge_of(record: kvm_record.KvmRecord) -> Machine | PolicyMachine | None:
     return known.get(next((name for name in names if name), ""))
 
 
+def said_of(judge: Machine | PolicyMachine, profile: Profile, host: Host, opener: int) -> Expected:
+    """Return what a model says of one row of a matrix; that it has said is kept."""
+    return _said_of(judge, profile, host, opener)  # type: ignore[arg-type]  # every model is a frozen dataclass
+
+
+@functools.lru_cache(maxsize=8192)
+def _said_of(judge: Machine | PolicyMachine, profile: Profile, host: Host, opener: int) -> Expected:
+    make: Callable[..., Expected] = expected_by_programs if isinstance(judge, PolicyMachine) else expected
+    return make(judge, profile, host, opener)
+
+
 def _of_kvm(record: kvm_record.KvmRecord) -> Iterator[Suite]:
     yield Suite("kvm", "the kernel as a whole", tuple(_whole(record)))
     judge = judge_of(record)
     host = kvm_record.host_of(record)
-    cache: dict[tuple[int, bool, int], Expected] = {}
     told: set[str] = set()
     for row in kvm_record.rows_of(record):
         name = kvm_record.profile_name(row.profile)
         if name in told:  # two named profiles may be one CPUID
             continue
         told.add(name)
-        key = (row.profile.mask, row.profile.no_cpuid, row.opener)
-        if judge is not None and key not in cache:
-            make = expected_by_programs if isinstance(judge, PolicyMachine) else expected
-            cache[key] = make(judge, row.profile, host, row.opener)  # type: ignore[arg-type]
-        cells = tuple(_cell(cell, row, cache.get(key), judge) for cell in (*CELLS, *BESIDE))
+        said = None if judge is None else said_of(judge, row.profile, host, row.opener)
+        cells = tuple(_cell(cell, row, said, judge) for cell in (*CELLS, *BESIDE))
         yield Suite(f"profile_{word(name)}", f"guests with {name.replace(',', '+')}", cells)
 
 

@@ -972,6 +972,18 @@ def _exported(form: str, reports: Sequence[Report], origin: str) -> str:
     return tables.markdown(reports) if form == "markdown" else tables.comma_separated(reports)
 
 
+def _html(arguments: argparse.Namespace) -> int:
+    """Write one page of one record or several; two of one kind are compared on it."""
+    try:
+        from probe.report.page.render import render
+    except ImportError as error:
+        raise RequirementMissing(f"cannot write a page: {error}", "pip install 'spec-ctrl-probe[report]'") from error
+    _check_output(arguments.output, arguments.force)
+    records = [(Path(path).name or path, *_record_and_hash(path)) for path in arguments.records]
+    _write_output(render(records), arguments.output, arguments.force)
+    return int(ExitCode.AS_PREDICTED)
+
+
 def _check_output(path: str | None, force: bool) -> None:
     """Raise UsageError, before the work, if a file is there that nobody said may be replaced."""
     if path and path != "-" and Path(path).is_file() and not force:
@@ -1073,6 +1085,7 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "diff": _diff,
     "export": _export,
+    "html": _html,
     "models": _models,
     "migrate": _migrate,
     "schema": _schema,

@@ -354,19 +354,39 @@ def _rows_moved(
             cache[key] = list(_cells_moved(one, other))
         for change, bits in cache[key]:
             by_mask[change, bits] = by_mask.get((change, bits), 0) | 1 << number
-    for (change, bits), profiles in by_mask.items():
+    whole = [(change, bits, profiles) for (change, bits), profiles in by_mask.items()]
+    if len(whole) > _MOST_CAUSES:
+        return _summed(universe, whole)
+    for change, bits, profiles in whole:
         for bit in bits_of(bits) if bits else (-1,):
             by_bit[change, bit] = by_bit.get((change, bit), 0) | profiles
     merged: dict[tuple[_Change, int], int] = {}
     for (change, bit), profiles in by_bit.items():
         merged[change, profiles] = merged.get((change, profiles), 0) | (1 << bit if bit >= 0 else 0)
-    whole = [(change, bits, profiles) for (change, bits), profiles in by_mask.items()]
     single = [(change, bits, profiles) for (change, profiles), bits in merged.items()]
     found = min((_lines(single), _lines(whole)), key=len)
     return [
         Moved(what, no, yes, bits, universe.describe(profiles), bin(profiles).count("1"))
         for what, no, yes, bits, profiles in found
     ]
+
+
+_MOST_CAUSES = 400  # beyond, nobody reads a line for each
+
+
+def _summed(universe: Universe, changes: Sequence[tuple[_Change, int, int]]) -> list[Moved]:
+    """Return one line for each cell and direction, where nearly every profile changed in bits of its own."""
+    found: dict[_Change, tuple[int, int]] = {}
+    for change, bits, profiles in changes:
+        before = found.get(change, (0, 0))
+        found[change] = (before[0] | bits, before[1] | profiles)
+    moved = []
+    for change, (bits, profiles) in found.items():
+        what = _CELL_WORDS[change.cell][0] if change.cell in _CELL_WORDS else change.cell
+        where = universe.describe(profiles)
+        told = f"{what} (each profile in bits of its own)"
+        moved.append(Moved(told, change.before, change.after, bits, where, bin(profiles).count("1")))
+    return moved
 
 
 def _lines(changes: Sequence[tuple[_Change, int, int]]) -> list[tuple[str, str, str, int, int]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -74,6 +75,7 @@ def parse_list(text: str, *, limit: int = 1 << 20) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
+@functools.lru_cache(maxsize=4096)
 def format_bits(mask: int) -> str:
     """Write the set bits of a mask in list notation, or 'none'."""
     return format_list(bits_of(mask)) or "none"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from probe.models.profile import FEATURES, NAMED, Profile
@@ -38,12 +38,13 @@ class Universe:
             if 0 < having < self.everything:
                 self._literals.append(_Literal(feature.name, True, having))
                 self._literals.append(_Literal(feature.name, False, self.everything & ~having))
+        self._names = [_NAMES.get(profile, str(profile).replace(",", "+")) for profile in self.profiles]
         self._said: dict[int, str] = {}
+        self._rules: dict[int, dict[int, tuple[_Literal, ...]]] = {}
 
     def names(self, chosen: int) -> list[str]:
         """Name the profiles of a set: their own names, or their bits."""
-        found = [profile for number, profile in enumerate(self.profiles) if chosen >> number & 1]
-        return [_NAMES.get(profile, str(profile).replace(",", "+")) for profile in found]
+        return [name for number, name in enumerate(self._names) if chosen >> number & 1]
 
     def describe(self, chosen: int) -> str:
         """Return the shortest rule over CPUID bits that holds for these profiles and no other that was measured.
@@ -63,9 +64,8 @@ class Universe:
         for length in range(1, _MOST_LITERALS + 1):
             if length > 1 and count <= 2:
                 return ", ".join(self.names(chosen))
-            for literals, members in self._conjunctions(length):
-                if members == chosen:
-                    return _told(literals)
+            if chosen in self._conjunctions(length):
+                return _told(self._conjunctions(length)[chosen])
         without = self._lacking(self.everything & ~chosen)
         if without:  # all others lack them: these have at least one
             return "with any of " + ", ".join(without)
@@ -76,7 +76,7 @@ class Universe:
                 (
                     (bin(members & left).count("1"), -len(literals), literals, members)
                     for length in (1, 2)
-                    for literals, members in self._conjunctions(length)
+                    for members, literals in self._conjunctions(length).items()
                     if not members & ~chosen and members & left
                 ),
                 key=lambda found: found[:2],
@@ -91,13 +91,17 @@ class Universe:
         names = self.names(chosen)
         return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
-    def _conjunctions(self, length: int) -> Iterator[tuple[tuple[_Literal, ...], int]]:
-        for literals in itertools.combinations(self._literals, length):
-            members = self.everything
-            for literal in literals:
-                members &= literal.members
-            if members:
-                yield literals, members
+    def _conjunctions(self, length: int) -> dict[int, tuple[_Literal, ...]]:
+        """Return the sets that so many literals together make, each with the first such literals."""
+        if length not in self._rules:
+            found = self._rules[length] = {}
+            for literals in itertools.combinations(self._literals, length):
+                members = self.everything
+                for literal in literals:
+                    members &= literal.members
+                if members:
+                    found.setdefault(members, literals)
+        return self._rules[length]
 
     def _lacking(self, others: int) -> list[str]:
         """Name the features whose common absence is what all others, and they alone, have."""

@@ -38,8 +38,20 @@ def _kvm() -> str:
         return str(error)
 
 
+def _browser() -> str:
+    import shutil
+
+    if not shutil.which("chromium"):
+        return "no chromium (apt-get install chromium)"
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError as error:
+        return f"{error} (pip install 'spec-ctrl-probe[browser]')"
+    return ""
+
+
 # What a tier needs: a function that returns why it cannot run here, or "".
-TIERS: dict[str, Callable[[], str]] = {"boot": _boot, "kvm": _kvm}
+TIERS: dict[str, Callable[[], str]] = {"boot": _boot, "kvm": _kvm, "browser": _browser}
 _missing: dict[str, str] = {}
 _counts: dict[str, dict[str, int]] = {}
 

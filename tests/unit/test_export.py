@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import re
@@ -23,6 +25,7 @@ from probe.cases import Report, Status, bit_name, report_of, reports_of, word
 from probe.cli import main
 from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.report import junit, kcidb, ktap, prometheus, tables
+from probe.report.page.render import render
 from probe.store import decode_any
 from tests.unit.test_report import GOLDEN as RUNS
 from tests.unit.test_report import HOSTILE, as_predicted, july_2020_guest
@@ -343,3 +346,28 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_words_are_never_empty() -> None:
     assert word("///") == "unnamed"
     assert word("6.1.0-56 amd64") == "6-1-0-56-amd64"
+
+
+# --- the page, without a browser -------------------------------------------------------------------------------------
+
+
+def test_a_page_allows_its_own_style_and_script_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert main(["html", str(RECORDS[0]), "-o", str(out)]) == 0
+    assert main(["html", str(RECORDS[0]), "-o", str(out)]) == 2
+    assert main(["html", str(RECORDS[0]), str(RECORDS[0]), "-o", str(out), "--force"]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert "Both are the same file, or copies of it." in page
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.startswith("default-src 'none'")
+    for element in ("style", "script"):
+        (text,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{element}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:|//)""", page)
+    assert " on" not in re.sub(r">[^<]*<", "><", page).replace(" only", ""), "no handler in an attribute"
+
+
+def test_a_page_of_every_record_of_results() -> None:
+    page = render([(path.name, decode_any(path.read_bytes(), path.name), "0" * 64) for path in RECORDS])
+    assert page.count('<section id="r') == len(RECORDS)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Records as one self-contained page."""
