@@ -112,6 +112,17 @@ def _tell(text: str) -> None:
     _try_to_print(text, sys.stdout)
 
 
+def _show_report(text: str) -> None:
+    """Print a report; on a terminal it fits the window, and is in colour unless NO_COLOR is set."""
+    if sys.stdout.isatty():
+        from probe.report import terminal
+
+        text = terminal.fitted(text, shutil.get_terminal_size().columns)
+        if not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb":
+            text = terminal.coloured(text)
+    sys.stdout.write(text)
+
+
 def _try_to_print(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
@@ -362,7 +373,7 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
         if arguments.json or arguments.record == "-":
             sys.stdout.write(raw.decode())
         else:
-            sys.stdout.write(text.render(record))
+            _show_report(text.render(record))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone; what the run found stays its exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -454,7 +465,7 @@ def _kvm(arguments: argparse.Namespace) -> int:
     if arguments.json or arguments.record == "-":
         sys.stdout.write(raw.decode())
     else:
-        sys.stdout.write(kvm_text.render(record))
+        _show_report(kvm_text.render(record))
     sys.stdout.flush()
     if broken:
         return int(ExitCode.FAILED)
@@ -490,10 +501,10 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
             one, other = (PolicyMachine(policy, over) for policy in both)
             found = policy_difference(one, other)
             differ = policy_text.fates(one, other)
-            sys.stdout.write(policy_text.compared(one.policy, other.policy, over, found, differ))
+            _show_report(policy_text.compared(one.policy, other.policy, over, found, differ))
         return _policy_code(complaints(), ExitCode.FINDINGS if found or differ else ExitCode.AS_PREDICTED)
     if not (arguments.cost or arguments.table):
-        sys.stdout.write(policy_text.catalogue(policy_file.EXAMPLE))
+        _show_report(policy_text.catalogue(policy_file.EXAMPLE))
         return int(ExitCode.AS_PREDICTED)
     policies = chosen or list(POLICIES)
     told: list[str] = []
@@ -504,12 +515,12 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
         with judged(policies) as (asked_policies, complaints):
             asked = [PolicyMachine(policy, over) for policy in asked_policies]
             rule = BY_NAME["qemu"]
-            sys.stdout.write(policy_text.summary(asked, rule, costs) + "\n")
-            sys.stdout.write(policy_text.survival(asked) + "\n")
-            sys.stdout.write(policy_text.moves(asked, rule) + ("\n" if costs else ""))
+            _show_report(policy_text.summary(asked, rule, costs) + "\n")
+            _show_report(policy_text.survival(asked) + "\n")
+            _show_report(policy_text.moves(asked, rule) + ("\n" if costs else ""))
         told += complaints()
     if costs is not None:
-        sys.stdout.write(policy_text.costs(costs))
+        _show_report(policy_text.costs(costs))
     return _policy_code(told, ExitCode.AS_PREDICTED)
 
 
@@ -544,7 +555,7 @@ def _kvm_migrate(arguments: argparse.Namespace) -> int:
     if arguments.json or arguments.record == "-":
         sys.stdout.write(raw.decode())
     else:
-        sys.stdout.write(moved_text.render([record]))
+        _show_report(moved_text.render([record]))
     sys.stdout.flush()
     return _migration_code([record])
 
@@ -591,13 +602,13 @@ def _migrate(arguments: argparse.Namespace) -> int:
         sys.stdout.write(migrate_text.as_json(groups))
     elif len(places) == 2:
         rules = [BY_NAME[arguments.rule]] if arguments.rule else list(BY_NAME.values())
-        sys.stdout.write(
+        _show_report(
             migrate_text.pair(places[0], places[1], rules) + "\n" + migrate_text.pair(places[1], places[0], rules)
         )
     else:
-        sys.stdout.write(migrate_text.matrix(groups, rule))
+        _show_report(migrate_text.matrix(groups, rule))
     if left_out and not arguments.json:
-        sys.stdout.write("\n" + migrate_text.left_out(left_out))
+        _show_report("\n" + migrate_text.left_out(left_out))
     broken = migrate_text.breaks(groups, rule)
     return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
 
@@ -640,7 +651,7 @@ def _boot(arguments: argparse.Namespace) -> int:
             path = Path(arguments.record_dir) / path.name
         _say(f"record: {store.write_atomically(kvm_record.encode(one.record), path, replace=False)}")
     told = [(_last_part(one.spec) if "/" in one.spec else one.spec, one.record, str(one.error or "")) for one in booted]
-    sys.stdout.write(kvm_text.table(told))
+    _show_report(kvm_text.table(told))
     errors = [one.error for one in booted if one.error is not None]
     if errors and len(errors) == len(booted):
         return int(errors[0].exit_code)
@@ -706,7 +717,7 @@ def _boot_migrate(arguments: argparse.Namespace, asked: argparse.Namespace, move
     errors = [one.error for one in done if one.error is not None]
     if not records:
         return int(errors[0].exit_code)
-    sys.stdout.write(moved_text.render(records))
+    _show_report(moved_text.render(records))
     code = _migration_code(records)
     return code or int(ExitCode.FINDINGS if errors else ExitCode.AS_PREDICTED)
 
@@ -726,7 +737,7 @@ def _kvm_replay(arguments: argparse.Namespace) -> int:
     from kernel_harness.kvm.commands import replay
 
     outcome = replay(_program_text(arguments.program), arguments.model)
-    sys.stdout.write(outcome.text)
+    _show_report(outcome.text)
     return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
 
 
@@ -742,7 +753,7 @@ def _kvm_explore(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         progress=_Progress("programs"),
     )
-    sys.stdout.write(outcome.text)
+    _show_report(outcome.text)
     if arguments.save and not outcome.as_expected:
         program = outcome.text.partition("\n\n")[2]
         _say(f"saved: {store.write_atomically(program.encode(), Path(arguments.save), replace=True)}")
@@ -772,7 +783,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.json and not arguments.model:
         models = registry.MODELS
     groups = report.grouped(cpus, models)
-    sys.stdout.write(report.as_json(form, groups) if arguments.json else report.as_text(form, groups))
+    if arguments.json:
+        sys.stdout.write(report.as_json(form, groups))
+    else:
+        _show_report(report.as_text(form, groups))
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -801,7 +815,8 @@ def _what_if(arguments: argparse.Namespace) -> int:
     accepts = arguments.hardware if arguments.hardware is not None else promised.accepts if promised.exists else None
     answers = [what_if.what_if(machine, features, guest, accepts) for machine in asked]
     tell = report.what_if_as_json if arguments.json else report.what_if_as_text
-    sys.stdout.write(tell(f"{host.vendor} {host.signature:#x}, {form}", features, guest, accepts, answers))
+    told = tell(f"{host.vendor} {host.signature:#x}, {form}", features, guest, accepts, answers)
+    (sys.stdout.write if arguments.json else _show_report)(told)
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -902,11 +917,11 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.format == "mail":
         sys.stdout.write(mail.render(record, sha256, arguments.tester))
     elif isinstance(record, kvm_record.KvmRecord):
-        sys.stdout.write(kvm_text.render(record, rows=1 << 30 if arguments.all else kvm_text.ROWS))
+        _show_report(kvm_text.render(record, rows=1 << 30 if arguments.all else kvm_text.ROWS))
     elif isinstance(record, rec.Record):
-        sys.stdout.write(text.render(record))
+        _show_report(text.render(record))
     else:
-        sys.stdout.write(moved_text.render([record]))
+        _show_report(moved_text.render([record]))
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -927,12 +942,13 @@ def _diff(arguments: argparse.Namespace) -> int:
         files = [{name: diff_text.File(name, sha256) for name, _, sha256 in side} for side in sides]
         hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
         told = diff_text.render_sets(found, paths[0].name, paths[1].name, hashes if mail else ())
-        sys.stdout.write(told + ending)
+        (sys.stdout.write if mail else _show_report)(told + ending)
         return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
     (before, one), (after, other) = (_record_and_hash(str(path)) for path in paths)
     comparison = compare(before, after)
     first, second = (diff_text.File(path.name or "-", sha256) for path, sha256 in zip(paths, (one, other)))
-    sys.stdout.write(diff_text.render(comparison, first, second, hashes=mail) + ending)
+    report = diff_text.render(comparison, first, second, hashes=mail) + ending
+    (sys.stdout.write if mail else _show_report)(report)
     return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
 
 

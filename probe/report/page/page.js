@@ -51,7 +51,7 @@
     // --- filter
     const controls = section.querySelector(".controls");
     const [search, only, count] = ["input[type=search]", "input[type=checkbox]", "output"].map((what) => controls.querySelector(what));
-    const tellCount = () => { count.textContent = (matching.length === entries.length ? "" : matching.length + " of ") + total + " rows"; };
+    const tellCount = () => { count.textContent = (matching.length === entries.length ? "" : matching.length + " of ") + total + (total === 1 ? " row" : " rows"); };
     const filter = () => {
       wake();
       const words = search.value.toLowerCase().split(/[\s,]+/).filter(Boolean);
@@ -62,7 +62,7 @@
     };
     search.addEventListener("input", filter);
     only.addEventListener("change", filter);
-    controls.hidden = false;
+    controls.hidden = total < 2;
 
     // --- what a cell says
     const tell = (cell) => {

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""Reports on a terminal: they fit its window, have colour where it helps, and neither anywhere else."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from probe.report import text
+from probe.report.terminal import coloured, fitted
+from tests.unit.test_report import GOLDEN as RUNS
+
+ROOT = Path(__file__).parents[2]
+GUEST = "results/modelled-threadripper-3970x/kvm-5.6-guest.json"
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize("columns", [30, 50, 75, 200])
+def test_a_report_fits_the_window_and_loses_no_word(name: str, columns: int) -> None:
+    report = text.render(RUNS[name]())
+    narrow = fitted(report, columns)
+    assert all(len(line) <= max(columns, 75 if columns >= 75 else 0) for line in narrow.splitlines())
+    assert "".join(narrow.split()) == "".join(report.split())
+    assert columns < 75 or narrow == report
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_colour_changes_no_text(name: str) -> None:
+    report = text.render(RUNS[name]())
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured(report)) == report
+
+
+def test_colour_is_where_it_helps() -> None:
+    found = coloured(text.render(RUNS["july-2020-guest"]()))
+    assert re.search(r"\x1b\[1;31m1 finding\x1b\[0m", found)
+    assert re.search(r"\x1b\[31m\*1 +STIBP .*\x1b\[0m", found)
+    assert "\x1b[32m as predicted\x1b[0m" in found
+    assert "\x1b[1;31mNOT PUT BACK" in coloured(text.render(RUNS["not-put-back"]()))
+
+
+def on_a_terminal(*command: str, columns: int = 100, **more: str) -> str:
+    """Run a command with a terminal as standard output, and return what it printed."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), **more}
+    environment.pop("NO_COLOR", None) if "NO_COLOR" not in more else None
+    done = subprocess.Popen(
+        [sys.executable, "-m", "probe", *command], stdout=theirs, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    )
+    os.close(theirs)
+    printed = b""
+    try:
+        while piece := os.read(ours, 65536):
+            printed += piece
+    except OSError:  # the other end is closed
+        pass
+    done.wait()
+    os.close(ours)
+    return printed.decode()
+
+
+def test_a_terminal_gets_colour_and_its_width() -> None:
+    assert "\x1b[31m" in on_a_terminal("show", GUEST)
+    assert "\x1b" not in on_a_terminal("show", GUEST, NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal("show", GUEST, TERM="dumb")
+    narrow = on_a_terminal("diff", GUEST, GUEST, columns=40, NO_COLOR="1")
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert "\x1b" not in on_a_terminal("export", "--format", "ktap", GUEST), "what others read has none"
+
+
+def test_a_pipe_gets_neither() -> None:
+    command = [sys.executable, "-m", "probe", "show", GUEST]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "COLUMNS": "30"}
+    )
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) == 75
