@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from probe import kvm_record, migration_record
 from probe import record as rec
-from probe.diff import AnyRecord, kind_of
+from probe.diff.moved import AnyRecord, kind_of
 from probe.masks import ALL_BITS, format_bits, format_list, parse_hex64, parse_list
 from probe.models import machines
 from probe.models.machine import Host, Machine
@@ -101,11 +101,15 @@ def cpus_word(cpus: str) -> str:
 def reports_of(records: Sequence[AnyRecord]) -> list[Report]:
     """Turn records into reports; of several of one machine, kernel and kind the later are called NAME_2 and so on."""
     found: list[Report] = []
-    seen: dict[tuple[str, str], int] = {}
+    taken: set[tuple[str, str]] = set()
     for record in records:
         report = report_of(record)
-        count = seen[report.kind, report.name] = seen.get((report.kind, report.name), 0) + 1
-        found.append(report if count == 1 else replace(report, name=f"{report.name}_{count}"))
+        name, count = report.name, 1
+        while (report.kind, name) in taken:
+            count += 1
+            name = f"{report.name}_{count}"
+        taken.add((report.kind, name))
+        found.append(replace(report, name=name))
     return found
 
 
@@ -113,7 +117,8 @@ def report_of(record: AnyRecord) -> Report:
     """Turn a record of any kind into cases."""
     machine = record.machine
     microcode = machine.microcode[0].revision if machine.microcode else "unknown"
-    name = word(f"{machine.vendor}-{machine.signature}-{microcode}-{record.kernel.release}")
+    called = f"{record.identity}-" if record.identity else ""
+    name = word(f"{called}{machine.vendor}-{machine.signature}-{microcode}-{record.kernel.release}")
     if isinstance(record, rec.Record):
         return Report(name, "run", record, tuple(_of_run(record)))
     if isinstance(record, kvm_record.KvmRecord):
@@ -176,10 +181,33 @@ def _of_run(record: rec.Record) -> Iterator[Suite]:
                 for entry in record.restore
             ),
         )
-    other = [entry for entry in record.findings if not parse_hex64(entry.mask)]
-    cases = tuple(Case(f"{entry.kind}_{cpus_word(entry.cpus)}", Status.FAIL, entry.text) for entry in other)
-    if cases:
-        yield Suite("findings", "findings that are not about bits", cases)
+    others = [_finding(entry) for entry in record.findings if entry.kind not in _TOLD_BY_BITS]
+    if others:
+        yield Suite("findings", "findings that no single bit tells", tuple(_worst_of_each(others)))
+
+
+# Kinds of findings that the cases of the bits tell, and those of restore.
+_TOLD_BY_BITS = {
+    *("unexpected_fault", "unexpected_accept", "not_retained", "incomplete"),
+    "not_restored",
+    "not_verified",
+}
+
+
+def _finding(entry: rec.FindingEntry) -> Case:
+    bits = parse_hex64(entry.mask)
+    name = f"{entry.kind}_{cpus_word(entry.cpus)}" + (f"_{bits:#x}" if bits else "")
+    return Case(word(name), Status.FAIL, entry.text)
+
+
+def _worst_of_each(cases: Sequence[Case]) -> list[Case]:
+    """Keep one case of each name, the worst."""
+    order = (Status.ERROR, Status.FAIL, Status.PASS, Status.SKIP)
+    found: dict[str, Case] = {}
+    for case in cases:
+        if case.name not in found or order.index(case.status) < order.index(found[case.name].status):
+            found[case.name] = case
+    return list(found.values())
 
 
 def _bit(record: rec.Record, group: Group, bit: int) -> Case:
@@ -222,7 +250,7 @@ def judge_of(record: kvm_record.KvmRecord) -> Machine | PolicyMachine | None:
     known = {machine.name: machine for machine in machines.MACHINES}
     if not isinstance(record.policy, UnsetType):
         policy, over = BY_NAME.get(record.policy.name), known.get(record.policy.over)
-        return PolicyMachine(policy, over) if policy and over else None
+        return PolicyMachine(policy, over) if policy and policy.source == record.policy.source and over else None
     names = [record.follows, *record.explained_by, *(fit.model for fit in record.fits)]
     return known.get(next((name for name in names if name), ""))
 
@@ -272,6 +300,10 @@ def _whole(record: kvm_record.KvmRecord) -> Iterator[Case]:
         yield Case("msr_driver", Status.SKIP, "not asked (kvm --write)")
     elif driver.error:
         yield Case("msr_driver", Status.SKIP, driver.error)
+    elif parse_hex64(driver.unanswered) == ALL_BITS:
+        yield Case("msr_driver", Status.SKIP, "no bit was answered")
+    elif not kvm_record.tries_values(record):
+        yield Case("msr_driver", Status.SKIP, "before v5.9 KVM has a mask of its own, which need not agree with it")
     else:
         differs = kvm_record.driver_differs(record)
         told = f"unlike KVM_SET_MSRS on bits {format_bits(differs)}" if differs else ""
@@ -298,6 +330,7 @@ def _cell(cell: Cell, row: Measured, said: Expected | None, judge: Machine | Pol
 
 
 def _of_migration(record: migration_record.MigrationRecord) -> Iterator[Suite]:
+    names: list[str] = []
     for number, departure in enumerate(record.departures):
         policy = word(departure.policy or "kvm")
         cases = [Case("departs", *_as_said(departure.differs))]
@@ -305,9 +338,12 @@ def _of_migration(record: migration_record.MigrationRecord) -> Iterator[Suite]:
             if entry.departure == number:
                 to = word(f"{entry.policy or 'kvm'}-{entry.profile}".strip("-"))
                 cases.append(Case(f"to_{to}_by_{word(entry.rule)}", *_as_said(entry.differs, entry.outcome)))
-        cases = list({case.name: case for case in cases}.values())  # the study's second destination may be the first
+        cases = _worst_of_each(cases)  # the study's second destination may be the first
         title = f"guest of {departure.policy or 'KVM alone'}, from {departure.kernel}"
-        yield Suite(f"from_{policy}_on_{word(departure.kernel)}", title, tuple(cases))
+        name = f"from_{policy}_on_{word(departure.kernel)}"
+        names.append(name)
+        count = names.count(name)
+        yield Suite(name if count == 1 else f"{name}_{count}", title, tuple(cases))
 
 
 def _as_said(differs: str, outcome: str = "") -> tuple[Status, str]:

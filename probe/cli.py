@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probe import record as rec
     from probe.cases import Report
     from probe.cpuid.dumps import Dump
-    from probe.diff import AnyRecord
+    from probe.diff.moved import AnyRecord
     from probe.doctor import Check
     from probe.migration_record import MigrationRecord
     from probe.models.machine import Machine
@@ -913,6 +913,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from probe import record as rec
     from probe.report import kvm_text, mail, moved_text, text
 
+    _check_tester(arguments)
     record, sha256 = _record_and_hash(arguments.record)
     if arguments.format == "mail":
         sys.stdout.write(mail.render(record, sha256, arguments.tester))
@@ -925,11 +926,17 @@ def _show(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED)
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    from probe.diff import compare, compare_sets
-    from probe.report import diff_text
-    from probe.report.mail import signed
+def _check_tester(arguments: argparse.Namespace) -> None:
+    if arguments.tester and arguments.format != "mail":
+        raise UsageError("--tester ends a mail", "give --format mail, too")
 
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from probe.diff.sets import compare, compare_sets
+    from probe.report import diff_text
+    from probe.report.mail import place, signed
+
+    _check_tester(arguments)
     mail = arguments.format == "mail"
     ending = signed(arguments.tester) if mail else ""
     paths = [Path(arguments.before), Path(arguments.after)]
@@ -939,14 +946,18 @@ def _diff(arguments: argparse.Namespace) -> int:
             if not side:
                 raise RecordError(f"there is no record in {path.name}", "give folders that hold records")
         found = compare_sets(*([(name, record) for name, record, _ in side] for side in sides))
-        files = [{name: diff_text.File(name, sha256) for name, _, sha256 in side} for side in sides]
+        files = [
+            {name: diff_text.File(name, sha256, tuple(place(record))) for name, record, sha256 in side}
+            for side in sides
+        ]
         hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
-        told = diff_text.render_sets(found, paths[0].name, paths[1].name, hashes if mail else ())
+        told = diff_text.render_sets(found, arguments.before, arguments.after, hashes if mail else ())
         (sys.stdout.write if mail else _show_report)(told + ending)
         return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
     (before, one), (after, other) = (_record_and_hash(str(path)) for path in paths)
     comparison = compare(before, after)
-    first, second = (diff_text.File(path.name or "-", sha256) for path, sha256 in zip(paths, (one, other)))
+    first = diff_text.File(str(paths[0].name or paths[0]), one, tuple(place(before)))
+    second = diff_text.File(str(paths[1].name or paths[1]), other, tuple(place(after)))
     report = diff_text.render(comparison, first, second, hashes=mail) + ending
     (sys.stdout.write if mail else _show_report)(report)
     return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
@@ -1002,7 +1013,11 @@ def _html(arguments: argparse.Namespace) -> int:
 
 def _check_output(path: str | None, force: bool) -> None:
     """Raise UsageError, before the work, if a file is there that nobody said may be replaced."""
-    if path and path != "-" and Path(path).is_file() and not force:
+    if not path or path == "-":
+        return
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"no folder {Path(path).parent}", "mkdir -p, or another -o PATH")
+    if os.path.lexists(path) and not force and not Path(path).is_char_device():
         raise UsageError(f"{path} exists", "give --force to replace it, or another -o PATH")
 
 
@@ -1014,7 +1029,10 @@ def _write_output(text: str, path: str | None, force: bool) -> None:
         sys.stdout.write(text)
         return
     assert path is not None
-    _say(f"written: {store.write_atomically(text.encode('utf-8'), Path(path), replace=True)}")
+    try:
+        _say(f"written: {store.write_atomically(text.encode('utf-8'), Path(path), replace=True)}")
+    except RecordError as error:
+        raise RecordError(error.message.replace("the record ", ""), "give another place: -o PATH") from error
 
 
 def _record_and_hash(path: str) -> tuple[AnyRecord, str]:

@@ -22,7 +22,7 @@ from probe.models.policy import PolicyMachine
 from probe.models.profile import NAMED, Profile, parse_profile
 from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import release_of
-from probe.record import Entry, Kernel, Machine, Mask, Time, Tool, Version, closed_schema, record_kind
+from probe.record import Entry, Kernel, Machine, Mask, Seconds, Time, Tool, Version, closed_schema, record_kind
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
@@ -152,7 +152,7 @@ class KvmRecord(Entry):
     schema_version: Version
     tool: Tool
     started: Time
-    duration: float
+    duration: Seconds
     machine: Machine
     kernel: Kernel
     kvm: KvmEntry
@@ -278,13 +278,18 @@ def explaining(fits: Iterable[Fit]) -> list[str]:
     return [fit.model for fit in fits if fit.explains]
 
 
+def tries_values(record: KvmRecord) -> bool:
+    """Tell whether this kernel's KVM tries a value on the hardware, as from v5.9 on; a version not known counts so."""
+    version = release_of(record.kernel.release, record.kernel.version)
+    return version is None or version >= (5, 9, 0)
+
+
 def driver_differs(record: KvmRecord) -> int:
     """Return the mask of the bits on which the msr driver and KVM's own test of a value disagree; 0 if not asked.
 
     KVM tries a value on the hardware from v5.9 on: what an older one takes is its own mask, and need not agree.
     """
-    version = release_of(record.kernel.release, record.kernel.version)
-    if record.driver is UNSET or record.driver.error or (version is not None and version < (5, 9, 0)):
+    if record.driver is UNSET or record.driver.error or not tries_values(record):
         return 0
     answered = ALL_BITS & ~parse_hex64(record.driver.unanswered)
     return (parse_hex64(record.driver.accepts) ^ parse_hex64(record.hardware.tested)) & answered

@@ -16,7 +16,7 @@ from probe.kvm_record import GuestPlace, HardwareEntry, KvmEntry
 from probe.masks import hex64, parse_hex64
 from probe.models.moving import Arrived, Departed
 from probe.models.program import parse, written
-from probe.record import Entry, Kernel, Machine, Mask, Time, Tool, Version, closed_schema, record_kind
+from probe.record import Entry, Kernel, Machine, Mask, Seconds, Time, Tool, Version, closed_schema, record_kind
 
 KIND = "migration"
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
@@ -69,7 +69,7 @@ class MigrationRecord(Entry):
     schema_version: Version
     tool: Tool
     started: Time
-    duration: float
+    duration: Seconds
     machine: Machine
     kernel: Kernel
     kvm: KvmEntry

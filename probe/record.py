@@ -30,7 +30,13 @@ LeafName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}{_END}"
 FourRegisters = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}( [0-9a-f]{{8}}){{3}}{_END}")]
 ColumnName = Annotated[str, Meta(pattern=rf"^[0-9a-f]{{8}}\.[0-9a-f]{{1,8}}\.e[abcd]x{_END}")]
 Version = Annotated[str, Meta(pattern=rf"^[0-9]{{1,9}}\.[0-9]{{1,9}}{_END}")]
-Time = Annotated[str, Meta(pattern=rf"^[0-9]{{4}}(-[0-9]{{2}}){{2}}T[0-9]{{2}}(:[0-9]{{2}}){{2}}Z{_END}")]
+Time = Annotated[
+    str,
+    Meta(
+        pattern=rf"^[1-9][0-9]{{3}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3])(:[0-5][0-9]){{2}}Z{_END}"
+    ),
+]
+Seconds = Annotated[float, Meta(ge=0)]
 OutcomeName = Literal["retained", "dropped", "altered", "fault", "refused", "unstable", "absent"]
 
 
@@ -280,7 +286,7 @@ class Record(Entry):
     schema_version: Version
     tool: Tool
     started: Time
-    duration: float
+    duration: Seconds
     place: Place
     machine: Machine
     kernel: Kernel

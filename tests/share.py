@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from importlib.metadata import metadata
 from pathlib import Path
@@ -140,8 +141,11 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _usage(parser: argparse.ArgumentParser) -> tuple[str, ...]:
-    lines = parser.format_usage().splitlines()
-    return ".nf", *(_roff(line[len("usage: ") :]) for line in lines), ".fi"
+    """Return the usage, an option and its value on one line: where argparse breaks it hangs on Python's version."""
+    words = " ".join(parser.format_usage().split())[len("usage: ") :]
+    whole = re.sub(r"\[[^][]*\]|--\S+ (?![-[])\S+", lambda found: found[0].replace(" ", "\0"), words)
+    lines = textwrap.wrap(whole, 71, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+    return ".nf", *(_roff(line.replace("\0", " ")) for line in lines), ".fi"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from probe.diff import Comparison, Moved, Sets
+from probe.diff.moved import Comparison, Moved
+from probe.diff.sets import Sets
 from probe.masks import ALL_BITS, format_bits
 from probe.registers import SPEC_CTRL
 from probe.report.layout import field, joined, paragraph
@@ -15,10 +16,11 @@ from probe.report.layout import field, joined, paragraph
 
 @dataclass(frozen=True)
 class File:
-    """A record as a file: its name as given, and the SHA-256 of its bytes, in hexadecimal."""
+    """A record as a file: its name as given, the SHA-256 of its bytes, in hexadecimal, and on what it was made."""
 
     name: str
     sha256: str
+    place: tuple[str, ...] = ()
 
 
 def render(found: Comparison, before: File, after: File, *, hashes: bool = False) -> str:
@@ -28,7 +30,7 @@ def render(found: Comparison, before: File, after: File, *, hashes: bool = False
         lines += field("", "both are the same file, or copies of it")
     lines += ["", *_around(found), ""]
     lines += _changes(found)
-    return joined(lines)
+    return joined(_without_double_blanks(lines))
 
 
 def render_sets(found: Sets, before: str, after: str, hashes: Sequence[tuple[File, File]] = ()) -> str:
@@ -48,7 +50,11 @@ def render_sets(found: Sets, before: str, after: str, hashes: Sequence[tuple[Fil
         else:
             lines += [*field("before", pair.before), *field("after", pair.after)]
         lines += [*_around(pair.comparison), *_changes(pair.comparison)]
-    return joined(lines)
+    return joined(_without_double_blanks(lines))
+
+
+def _without_double_blanks(lines: Sequence[str]) -> list[str]:
+    return [line for at, line in enumerate(lines) if line or not at or lines[at - 1]]
 
 
 def _headline(found: Comparison) -> str:
@@ -59,18 +65,21 @@ def _headline(found: Comparison) -> str:
 
 
 def _files(before: File, after: File, *, hashes: bool) -> list[str]:
-    lines = []
+    """Name both files; for a mail with their checksums, and on what they were made, once if that is the same."""
+    lines: list[str] = []
     for word, file in (("before", before), ("after", after)):
         lines += field(word, file.name)
         if hashes:
             lines += field("", f"SHA-256 {file.sha256}")
+            if file.place and (file is before or after.place != before.place):
+                lines += ["", *file.place, ""]
     return lines
 
 
 def _around(found: Comparison) -> list[str]:
     """Say what else differs, and what does not, so that a reader sees whether the comparison is fair."""
     lines: list[str] = []
-    if any(condition.what == "machine" for condition in found.conditions):
+    if any(condition.what in ("machine", "called") for condition in found.conditions):
         lines += paragraph("TWO DIFFERENT MACHINES: what moved may be due to that")
     if found.conditions:
         lines.append("around it, not the same")
@@ -100,6 +109,8 @@ def _moved(moved: Moved) -> list[str]:
     lines = paragraph(f"{moved.what}:{bits} {_hex(moved.before)} -> {_hex(moved.after)}", "  ", "        ")
     if moved.where and moved.where.startswith("CPU"):
         lines += paragraph(f"on {moved.where}", "      ", "      ")
+    elif moved.where and not moved.count:
+        lines += paragraph(moved.where, "      ", "      ")
     elif moved.where:
         lines += paragraph(f"{moved.count} profile{'s' if moved.count > 1 else ''}: {moved.where}", "      ", "      ")
     return lines

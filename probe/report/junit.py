@@ -38,7 +38,7 @@ def _suite(report: Report, suite: Suite) -> TestSuite:
 
 
 def _case(report: Report, suite: Suite, case: Case) -> TestCase:
-    found = TestCase(case.name, f"spec_ctrl_probe.{report.kind}.{suite.name}", 0)
+    found = TestCase(case.name, f"spec_ctrl_probe.{report.kind}.{report.name}.{suite.name}", 0)
     kinds = {Status.FAIL: Failure, Status.ERROR: Error, Status.SKIP: Skipped}
     if case.status in kinds:
         found.result = [kinds[case.status](_xml(case.reason))]

@@ -14,7 +14,7 @@ def render(reports: Sequence[Report]) -> str:
     lines = ["KTAP version 1", f"1..{len(reports)}"]
     for number, report in enumerate(reports, 1):
         lines += [f"  {line}" for line in _report(report)]
-        lines.append(_result(number, f"{report.kind}_{report.name}", report.status, ""))
+        lines.append(_result(number, f"{report.kind}_{report.name}", report.status, "nothing was measured"))
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from probe import kvm_record, migration_record
 from probe import record as rec
-from probe.diff import AnyRecord
+from probe.diff.moved import AnyRecord
 from probe.masks import format_bits, parse_hex64
 from probe.report import moved_text, text
 from probe.report.kvm_text import explained
@@ -32,14 +32,14 @@ def render(record: AnyRecord, sha256: str, tester: str = "") -> str:
     elif isinstance(record, kvm_record.KvmRecord):
         lines = _kvm(record)
     else:
-        lines = [*_place(record), "", *moved_text.render([record]).splitlines()]
+        lines = [*place(record), "", *moved_text.render([record]).splitlines()]
     lines += ["", *field("record", f"version {record.schema_version}, SHA-256"), f"{'':<11}{sha256}"]
     return joined(lines) + signed(tester)
 
 
 def signed(tester: str) -> str:
     """Return the last lines of a mail: a Tested-by: of the name that was given; "" if none was."""
-    return f"\nTested-by: {clean(tester)}\n" if tester else ""
+    return f"\nTested-by: {clean(' '.join(tester.split()))}\n" if tester else ""
 
 
 def commit_of(release: str) -> str:
@@ -48,7 +48,7 @@ def commit_of(release: str) -> str:
     return found.group(1) if found else ""
 
 
-def _place(record: AnyRecord) -> list[str]:
+def place(record: AnyRecord) -> list[str]:
     """Say on what was tested: kernel, commit, machine, whether in a guest, and by which command."""
     machine, kernel = record.machine, record.kernel
     lines = field("kernel", kernel.release)
@@ -97,7 +97,7 @@ def _kvm_place(record: kvm_record.KvmRecord | migration_record.MigrationRecord) 
 
 def _run(record: rec.Record) -> list[str]:
     """The report's findings and bits, without what a reviewer does not need."""
-    lines = [*text.headline(record), "", *_place(record), "", *text.findings(record), ""]
+    lines = [*text.headline(record), "", *place(record), "", *text.findings(record), ""]
     for entry in text.walked_groups(record):
         lines += [*text.bits(record, entry), ""]
     return [*lines, *text.restored(record)]
@@ -106,7 +106,7 @@ def _run(record: rec.Record) -> list[str]:
 def _kvm(record: kvm_record.KvmRecord) -> list[str]:
     policy = "" if isinstance(record.policy, UnsetType) else f" under policy {record.policy.name}"
     lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48){policy}: {explained(record)}"), ""]
-    lines += [*_place(record), ""]
+    lines += [*place(record), ""]
     profiles = sum(len(row.profiles) for row in record.rows)
     cases = max((fit.cases for fit in record.fits), default=0)
     lines += field("tested", f"{profiles} guest CPUIDs, {cases:,} cases; every bit, host- and guest-initiated")

@@ -13,7 +13,7 @@ COLUMNS = ("record", "kind", "suite", "case", "status", "reason")
 
 
 def markdown(reports: Sequence[Report]) -> str:
-    """Return a section for each record: counts, and every case that did not pass; equal ones of a suite share a row."""
+    """Return a section for each record: counts, and every case that did not pass; equal ones share a row."""
     lines: list[str] = []
     for report in reports:
         lines += [f"## {_cell(report.kind)} {_cell(report.name)}", "", _cell(title_of(report)), ""]
@@ -30,24 +30,28 @@ def markdown(reports: Sequence[Report]) -> str:
 
 
 def _told(report: Report) -> list[str]:
+    """Return what did not pass: errors, failures, then why others were skipped; equal ones share a row."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for suite in report.suites:
-        for case in suite.cases:
-            if case.status in (Status.FAIL, Status.ERROR):
-                rows.setdefault((case.status.value, case.reason, suite.name), []).append(case.name)
-    if not rows:
-        return ["Nothing failed.", ""]
+    for status in (Status.ERROR, Status.FAIL, Status.SKIP):
+        for suite in report.suites:
+            for case in suite.cases:
+                if case.status is status:
+                    where = "" if status is Status.SKIP else suite.name
+                    rows.setdefault((status.value, case.reason, where), []).append(case.name)
     lines = ["| suite | case | status | reason |", "|---|---|---|---|"]
-    for (status, reason, where), names in rows.items():
-        shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
-        lines.append(f"| {_cell(where)} | {_cell(shown)} | {status} | {_cell(reason)} |")
-    return [*lines, ""]
+    for (status_word, reason, where), names in rows.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(f"| {_cell(where)} | {_cell(shown)} | {status_word} | {_cell(reason)} |")
+    failed = any(word in ("fail", "error") for word, *_ in rows)
+    measured = any(report.count(status) for status in (Status.PASS, Status.FAIL))
+    head = [] if failed else ["Nothing failed." if measured else "Nothing was measured.", ""]
+    return [*head, *(lines if rows else []), ""]
 
 
 def _cell(text: str) -> str:
     """Keep a text of a record from becoming markup."""
     plain = clean(" ".join(text.split()))
-    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!&" else char for char in plain)
+    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!&@$:" else char for char in plain)
 
 
 def comma_separated(reports: Sequence[Report]) -> str:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +18,9 @@ from msgspec import UnsetType
 from probe import kvm_record
 from probe import record as rec
 from probe.cli import main
-from probe.diff import Moved, compare, compare_sets
-from probe.errors import UsageError
+from probe.diff.moved import Moved
+from probe.diff.sets import compare, compare_sets
+from probe.errors import RecordError, UsageError
 from probe.masks import ALL_BITS, hex64
 from probe.models.profile import FEATURES, NAMED, Profile, parse_profile
 from probe.profile_sets import ALL, Universe
@@ -137,6 +139,12 @@ def test_a_gate_that_closes_is_one_line() -> None:
     (one,) = moved(opened, closed)
     assert one.what.startswith("guest access, first")
     assert (one.before, one.after, one.bits) == ("accepted", "#GP", ALL_BITS)
+    only_writes = rows(AMD_IBRS={"guest_first": 0, "guest_zero": 0, "guest_read": 1})
+    (one,) = moved(opened, only_writes)
+    assert one.what == "guest write, first (0, too)", "reads did not move"
+    reads = rows(AMD_IBRS={"guest_first": ALL_BITS, "guest_zero": 1, "guest_read": 0})
+    told = {(each.what, each.before, each.after) for each in moved(only_writes, reads)}
+    assert told == {("guest write, first (0, too)", "#GP", "accepted"), ("guest read, first", "0", "not 0 or #GP")}
     zero = rows(AMD_IBRS={"guest_first": ALL_BITS, "guest_zero": 0, "guest_read": 1})
     (one,) = moved(opened, zero)
     assert (one.what, one.bits) == ("guest write of 0", 0)
@@ -194,7 +202,112 @@ def test_a_record_is_the_same_as_itself(name: str) -> None:
     found = compare(record, record)
     assert found.same
     assert not found.conditions
-    assert "the same: machine" in diff_text.render(found, *FILES)
+    assert re.search(r"the same: (called, )?machine", diff_text.render(found, *FILES))
+
+
+# What may differ between two runs that saw the same: when, how long, in which words.
+PASSED_OVER = re.compile(
+    r"(started|duration|tool\.(arguments|python|name)|schema_version|kernel\.(taint_\w+|modules_loaded)|place\.because"
+    r"|place\.guest\.because|findings\[\d+\]\.text|restore\[\d+\]\.(note|reads|saved)|\w+\[\d+\]\.reasons\b.*|notes\b.*"
+    r"|predictions\[\d+\]\.(title|exists)|verdicts\[.*|fits\[\d+\]\.(model|title|family|first\b.*|divergences\b.*|cases|agreements)"
+    r"|explored\[\d+\]\.(model|programs|seed|seconds|steady|model_says)|policy\.(title|source|over)|cpuid\.(sources\b.*|cross_check)"
+    r"|.*\.varying\b.*|rows\[\d+\]\.(opener|cells\.\w+_(kept|seen))|hypervisor_rules\[\d+\]\.against|driver\.(cpu|exit_code)|kind|machine\.microcode\[\d+\]\.cpus"
+    r"|observations\[\d+\]\.pairs_tried)(\[\d+\])?"
+)
+
+
+Step = Union[str, int]
+
+
+def leaves(value: Any, path: tuple[Step, ...] = ()) -> list[tuple[tuple[Step, ...], Any]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inner is None:
+        return [(path, value)]
+    return [leaf for key, one in inner for leaf in leaves(one, (*path, key))]
+
+
+def told(path: tuple[Step, ...]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same form."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if re.fullmatch(r"0x[0-9a-f]{16}", value):
+        return hex64(int(value, 16) ^ 1)
+    if re.fullmatch(r"0x[0-9a-f]+", value):
+        return f"{int(value, 16) ^ 1:#x}"
+    if re.fullmatch(r"[0-9a-f]{8}( [0-9a-f]{8}){3}", value):
+        return f"{int(value[:8], 16) ^ 0x80:08x}{value[8:]}"
+    return f"{value} otherwise"
+
+
+def with_leaf(document: Any, path: tuple[Step, ...], value: Any) -> Any:
+    copy = json.loads(json.dumps(document))
+    at = copy
+    for step in path[:-1]:
+        at = at[step]
+    at[path[-1]] = value
+    return copy
+
+
+MUTATED = ["as-predicted", "every-trial", "july-2020-guest", "kvm", "migration"]
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_nothing_that_differs_is_called_the_same(name: str) -> None:
+    """Every field of a record, changed alone, is something that moved, or something around it that differs."""
+    paths = {"kvm": OLD, "migration": Path("results/thread-2020/debian-6.1.192.json")}
+    raw = paths[name].read_bytes() if name in paths else rec.encode(RUNS[name]())
+    document = json.loads(raw)
+    if name == "kvm":
+        document["rows"] = document["rows"][:3]
+        document["driver"] = {"cpu": 0, "accepts": hex64(3), "faults": hex64(4), "unanswered": hex64(8)}
+    before = decode_any(json.dumps(document).encode(), name)
+    tried = 0
+    silent = []
+    for path, value in leaves(document):
+        if PASSED_OVER.fullmatch(told(path)):
+            continue
+        try:
+            after = decode_any(json.dumps(with_leaf(document, path, changed(value))).encode(), name)
+        except (RecordError, UsageError):
+            continue  # no record any more
+        try:
+            found = compare(before, after)
+        except UsageError:
+            continue  # no CPUID bit is called so
+        tried += 1
+        if found.same and not found.conditions:
+            silent.append(told(path))
+    assert not silent
+    assert tried > 25
+
+
+def test_a_million_cpus_are_compared_as_ranges() -> None:
+    one, other = as_predicted(), july_2020_metal()
+    for record in (one, other):
+        for entries in (record.observations, record.predictions, record.verdicts, record.restore, record.saved):
+            for entry in entries:
+                entry.cpus = "0-999999"
+    started = time.perf_counter()
+    compare(one, other)
+    assert time.perf_counter() - started < 1
+    other.observations[0].cpus = "0-9,20-1999999"
+    assert compare(one, other).only_before == "CPUs 10-19"
+    assert compare(one, other).only_after == "CPUs 1000000-1999999"
+
+
+def test_a_driver_that_gives_no_answer_any_more_does_not_fault() -> None:
+    zero = hex64(0)
+    one, other = kvm(), kvm()
+    one.driver = kvm_record.DriverEntry(cpu=0, accepts=hex64(7), faults=zero, unanswered=zero)
+    other.driver = kvm_record.DriverEntry(cpu=0, accepts=zero, faults=zero, unanswered=hex64(7))
+    (moved_,) = compare(one, other).moved
+    assert (moved_.before, moved_.after, moved_.bits) == ("accepted", "no answer", 7)
 
 
 def test_two_machines_are_compared_and_it_is_said() -> None:

@@ -19,7 +19,7 @@ from msgspec import UnsetType
 from prometheus_client.parser import text_string_to_metric_families
 from tap.parser import Parser
 
-from probe import kvm_record
+from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.cases import Report, Status, bit_name, report_of, reports_of, word
 from probe.cli import main
@@ -27,6 +27,7 @@ from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.report import junit, kcidb, ktap, prometheus, tables
 from probe.report.page.render import render
 from probe.store import decode_any
+from probe.verdict import KINDS
 from tests.unit.test_report import GOLDEN as RUNS
 from tests.unit.test_report import HOSTILE, as_predicted, july_2020_guest
 
@@ -90,6 +91,50 @@ def test_a_case_is_what_the_record_says() -> None:
     assert found["cpus_0-1.bit02_ssbd"] == ("pass", "")
     assert found["cpus_0-1.bit00_ibrs"][0] == "skip", "the documents leave it open"
     assert found["restore.cpus_0-1"][0] == "pass"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_finding_is_a_pass(kind: str) -> None:
+    """Whatever a run finds, with bits or without: its exports fail, as its exit code does."""
+    record = as_predicted()
+    record.findings = [rec.FindingEntry(kind=kind, cpus="0-1", text="what it is", mask=hex64(0x6))]
+    if kind in ("not_restored", "not_verified"):
+        record.restore[0].state = "failed" if kind == "not_restored" else "left"
+    elif kind in ("unexpected_fault", "unexpected_accept", "not_retained"):
+        for verdict in record.verdicts:
+            setattr(verdict, kind, hex64(0x6))
+    elif kind == "incomplete":  # of which the skipped bits tell
+        return
+    assert report_of(record).status in (Status.FAIL, Status.ERROR)
+
+
+def test_a_driver_that_compared_nothing_is_a_skip() -> None:
+    record = decode_any(NEW.read_bytes(), "x")
+    assert isinstance(record, kvm_record.KvmRecord)
+    zero, every = hex64(0), hex64(ALL_BITS)
+    record.driver = kvm_record.DriverEntry(cpu=0, accepts=zero, faults=zero, unanswered=every)
+    assert cases(report_of(record))["kvm.msr_driver"] == ("skip", "no bit was answered")
+    record.driver = kvm_record.DriverEntry(cpu=0, accepts=hex64(0x7), faults=zero, unanswered=zero)
+    record.kernel.release, record.kernel.version = "5.6.0", "#1 SMP Debian 5.6.7-1"
+    assert cases(report_of(record))["kvm.msr_driver"][0] == "skip"
+
+
+def test_a_migration_that_fails_is_in_no_other_ones_shadow() -> None:
+    path = next(path for path in RECORDS if path.parent.name == "thread-2020" and "6.1" in path.name)
+    for number in range(len(decode_any(path.read_bytes(), "x").arrivals)):  # type: ignore[union-attr]
+        record = decode_any(path.read_bytes(), "x")
+        assert isinstance(record, migration_record.MigrationRecord)
+        record.arrivals[number].differs = "otherwise"
+        assert report_of(record).count(Status.FAIL) == 1, number
+
+
+def test_names_do_not_hang_on_the_order_of_arguments() -> None:
+    one, other = as_predicted(), as_predicted()
+    one.identity, other.identity = "host-a", "host-b"
+    assert {report.name for report in reports_of([one, other])} == {report.name for report in reports_of([other, one])}
+    names = [report.name for report in reports_of([as_predicted()] * 3)]
+    assert len(set(names)) == 3
+    assert names[1:] == [f"{names[0]}_2", f"{names[0]}_3"]
 
 
 def test_what_was_not_measured_never_passes() -> None:
@@ -291,8 +336,7 @@ def strings(record: rec.Record, hostile: str) -> Report:
     record.machine.brand = record.machine.vendor = record.kernel.release = record.kernel.version = hostile
     record.identity = record.machine.hypervisor = record.tool.version = hostile
     for finding in record.findings:
-        finding.text = hostile
-        finding.mask = hex64(0)
+        finding.text, finding.kind = hostile, "cpus_differ"
     for entry in record.restore:
         entry.note, entry.state = hostile, "failed"
     return report_of(record)

@@ -34,7 +34,11 @@ PURE = (
     "probe.record",
     "probe.entries",
     "probe.kvm_record",
+    "probe.migration_record",
     "probe.pool",
+    "probe.profile_sets",
+    "probe.diff",
+    "probe.cases",
     "probe.arguments",
     "probe.report",
 )

@@ -52,15 +52,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: names of its CPUs or guests, and for each question the cells of all columns."""
+    """One row: names of its CPUs or guests, and for each question the cells of all columns.
+
+    beside: in a question that the map does not show something is otherwise than the judge says. prediction is the
+    number of the judge's prediction for these CPUs.
+    """
 
     names: tuple[str, ...]
     cells: tuple[tuple[Cell, ...], ...]
+    beside: bool = False
+    prediction: int = 0
 
     @property
     def wrong(self) -> bool:
-        """True if some cell is otherwise than the judge says."""
-        return any(cell.wrong for cells in self.cells for cell in cells)
+        """True if something is otherwise than the judge says."""
+        return self.beside or any(cell.wrong for cells in self.cells for cell in cells)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Map:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     judge: str
+    source: str = ""
 
 
 # Name, cell of acceptance, cell of read-back.
@@ -81,24 +88,31 @@ _QUESTIONS = (
     ("host write, guest let through", "host_after", ""),
 )
 _Masks = tuple[int, int, int, int, int]  # accepted and kept, not kept, refused, odd, otherwise than the judge says
+_Found = tuple[tuple[str, ...], tuple[_Masks, ...], bool, int]  # names, masks of each question, beside, prediction
 
 
 def of_kvm(record: kvm_record.KvmRecord) -> Map:
     """Return the map of a matrix: rows of guest CPUIDs that gave the same, the largest first."""
     judge = judge_of(record)
     host = kvm_record.host_of(record)
-    rows: dict[tuple[_Masks, ...], list[str]] = {}
+    rows: dict[tuple[bool, tuple[_Masks, ...]], list[str]] = {}
+    shown = {name for _, *names in _QUESTIONS for name in names}
     for row in kvm_record.rows_of(record):
         said = None if judge is None else said_of(judge, row.profile, host, row.opener)
         masks = tuple(_kvm_masks(row.masks, said, accept, kept) for _, accept, kept in _QUESTIONS)
+        beside = said is not None and any(
+            (mask ^ said.masks.get(name, 0)) & said.decided.get(name, 0)
+            for name, mask in row.masks.items()
+            if name not in shown
+        )
         name = kvm_record.profile_name(row.profile)
-        names = rows.setdefault(masks, [])
+        names = rows.setdefault((beside, masks), [])
         if name not in names:
             names.append(name)
     order = sorted(rows.items(), key=lambda item: -len(item[1]))
-    name = "none that this tool knows" if judge is None else judge.name
     questions = [question for question, *_ in _QUESTIONS]
-    return _map(questions, [(tuple(names), masks) for masks, names in order], name)
+    found = [(tuple(names), masks, beside, 0) for (beside, masks), names in order]
+    return _map(questions, found, judge.name if judge else "", judge.source if judge else "")
 
 
 def _kvm_masks(masks: Mapping[str, int], said: Expected | None, accept: str, kept: str) -> _Masks:
@@ -115,7 +129,8 @@ def _kvm_masks(masks: Mapping[str, int], said: Expected | None, accept: str, kep
 
 def of_run(record: rec.Record) -> Map:
     """Return the map of a run: a row for each group of CPUs that are alike in everything."""
-    rows = []
+    rows: list[_Found] = []
+    numbers = {id(entry): number for number, entry in enumerate(record.predictions)}
     for group in groups_of(record):
         masks = dict.fromkeys(STATES, 0)
         if group.observation is not None and record.walk is not UNSET:
@@ -126,7 +141,8 @@ def of_run(record: rec.Record) -> Map:
         if verdict is not None:
             for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
                 wrong |= parse_hex64(getattr(verdict, name))
-        rows.append(((f"CPUs {group.cpus}",), ((masks["a"], masks["d"], masks["f"], masks["o"], wrong),)))
+        each = (masks["a"], masks["d"], masks["f"], masks["o"], wrong)
+        rows.append(((f"CPUs {group.cpus}",), (each,), False, numbers.get(id(group.prediction), 0)))
     return _map(["write"], rows, record.judge)
 
 
@@ -142,13 +158,16 @@ def merged(map_: Map) -> Map:
                 found.append(cell)
         return tuple(found)
 
-    return replace(map_, rows=tuple(Row(row.names, tuple(run(cells) for cells in row.cells)) for row in map_.rows))
+    return replace(map_, rows=tuple(replace(row, cells=tuple(run(cells) for cells in row.cells)) for row in map_.rows))
 
 
-def _map(questions: Sequence[str], rows: Sequence[tuple[tuple[str, ...], tuple[_Masks, ...]]], judge: str) -> Map:
-    columns = tuple(_columns([masks for _, each in rows for masks in each]))
-    found = tuple(Row(names, tuple(_cells(columns, masks) for masks in each)) for names, each in rows)
-    return Map(tuple(questions), columns, found, judge)
+def _map(questions: Sequence[str], rows: Sequence[_Found], judge: str, source: str = "") -> Map:
+    columns = tuple(_columns([masks for _, each, *_ in rows for masks in each]))
+    found = tuple(
+        Row(names, tuple(_cells(columns, masks) for masks in each), beside, prediction)
+        for names, each, beside, prediction in rows
+    )
+    return Map(tuple(questions), columns, found, judge, source)
 
 
 def _columns(every: Sequence[_Masks]) -> Iterator[Column]:

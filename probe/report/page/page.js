@@ -22,7 +22,7 @@
     const wake = () => {
       if (entries.length === total) return;
       for (const line of waiting.textContent.split("\n")) {
-        const head = /^<tr( class=w)?><th scope=row(?: title="([^"]*)")?>([^<]*)/.exec(line);
+        const head = /^<tr( class=w)?(?: data-p=\d+)?><th scope=row(?: title="([^"]*)")?>([^<]*)/.exec(line);
         if (head) entries.push({ line, name: plain(head[2] || head[3]).toLowerCase(), wrong: Boolean(head[1]) });
       }
     };
@@ -31,6 +31,7 @@
       if (!entry.row) {
         made.innerHTML = "<table><tbody>" + entry.line;
         entry.row = made.content.querySelector("tr");
+        find(entry.row, "td a").forEach((link) => { link.tabIndex = -1; });
         entry.line = "";
       }
       return entry.row;
@@ -71,17 +72,20 @@
       const width = data.columns.length;
       const bits = data.columns.slice(at % width, at % width + cell.colSpan).map((column) => column[0] + " " + column[1]);
       const state = (cell.className[0] || "f").toLowerCase();
-      const wrong = cell.className.endsWith("x") ? " Otherwise than " + data.judge + " says." : " As " + data.judge + " says, or it does not say.";
+      const judge = data.judge + (data.source ? " (" + data.source + ")" : "");
+      const wrong = !data.judge ? " This tool does not know the model that it is judged by." :
+        cell.className.endsWith("x") ? " Otherwise than " + judge + " says." : " As " + judge + " says, or it does not say.";
       panel.textContent = text(cell.parentElement.cells[0]) + ": " + data.questions[Math.floor(at / width)] + ", " +
         (bits.length > 1 ? "bits " : "bit ") + bits.join(", ") + ": " + said[state] + "." +
-        (state === "n" ? "" : wrong) + " " + reason(id, data.columns.slice(at % width, at % width + cell.colSpan));
+        (state === "n" ? "" : wrong) + " " + reason(id, cell.parentElement.dataset.p || "0", data.columns.slice(at % width, at % width + cell.colSpan));
       panel.hidden = false;
     };
-    const reason = (section, columns) => {
+    const reason = (section, prediction, columns) => {
       if (columns.length !== 1) return "";
       const numbers = columns[0][1].startsWith("reserved") ? columns[0][1].slice(9) : columns[0][0];
       const first = Number(numbers.split(/[-,]/)[0]);
       for (const row of find(document, "#" + section + "-bits .reasons tbody tr")) {
+        if (row.dataset.p !== prediction) continue;
         const parts = row.cells[0].textContent.replace(/\(.*/, "").trim().split(",").map((part) => part.split("-").map(Number));
         if (parts.some(([low, high]) => first >= low && first <= (high === undefined ? low : high)))
           return "Predicted: " + text(row.cells[1]) + ", because " + text(row.cells[2]) + " (" + text(row.cells[3]) + ").";
@@ -104,6 +108,12 @@
       if (cell) holder(cell).tabIndex = 0;
     };
     find(table, "tbody a").forEach((link) => { link.tabIndex = -1; });
+    addEventListener("beforeprint", () => {
+      wake();
+      limit = Infinity;
+      draw();
+      find(document, "details").forEach((one) => { one.open = true; });
+    });
     if (waiting) more.hidden = false;
     more.textContent = "Show " + Math.min(STEP, total - body.rows.length) + " more rows";
     settle(body.rows.length ? body.rows[0].cells[1] : null);

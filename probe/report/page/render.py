@@ -22,7 +22,8 @@ import probe
 from probe import kvm_record
 from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
-from probe.diff import AnyRecord, Comparison, Moved, compare, kind_of
+from probe.diff.moved import AnyRecord, Comparison, Moved, kind_of
+from probe.diff.sets import compare
 from probe.masks import format_bits, parse_hex64
 from probe.models import machines
 from probe.registers import SPEC_CTRL
@@ -33,6 +34,7 @@ from probe.report.page import heat
 MERGED_FROM = 200  # rows, from which neighbours that are alike share a cell, and cells are no links
 _AT_ONCE = 100  # rows in the table; the others wait in a second one, which is text for a browser that has scripts
 _NAMES_SHOWN = 3
+_BESIDE = " !"  # after a name; the legend says what it means
 
 
 def render(records: Sequence[tuple[str, AnyRecord, str]]) -> str:
@@ -83,7 +85,7 @@ def _compared(found: Comparison, records: Sequence[tuple[str, AnyRecord, str]]) 
         "before": records[0][0],
         "after": records[1][0],
         "identical": records[0][2] == records[1][2],
-        "machines": any(condition.what == "machine" for condition in found.conditions),
+        "machines": any(condition.what in ("machine", "called") for condition in found.conditions),
         "conditions": found.conditions,
         "alike": ", ".join(found.alike),
         "moved": [(moved, _moved_bits(moved)) for moved in found.moved],
@@ -118,6 +120,7 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
         "findings": _findings(report),
         "map": map_,
         "merged": merged,
+        "beside": map_ is not None and any(row.beside for row in map_.rows),
         "body": "" if map_ is None else _body(f"r{number}", map_, map_.rows[:_AT_ONCE], links=not merged),
         "rest": "" if map_ is None else _body(f"r{number}", map_, map_.rows[_AT_ONCE:], links=not merged),
         "data": "" if map_ is None else _data(map_),
@@ -187,13 +190,14 @@ def _reasons(record: rec.Record) -> list[dict[str, str]]:
     """Return why the judge predicts what it does, bit by bit."""
     return [
         {
+            "number": str(number),
             "cpus": entry.cpus,
             "bits": named(parse_hex64(reason.mask)),
             "effect": reason.effect,
             "because": reason.because,
             "source": reason.source,
         }
-        for entry in record.predictions
+        for number, entry in enumerate(record.predictions)
         if entry.model == record.judge
         for reason in entry.reasons
     ]
@@ -247,8 +251,10 @@ def _body(prefix: str, map_: heat.Map, rows: Sequence[heat.Row], *, links: bool)
         title = f' title="{escape(", ".join(shown))}"' if more else ""
         cells = [_cells(prefix, map_, question, each, links=links) for question, each in enumerate(row.cells)]
         wrong = " class=w" if row.wrong else ""
+        wrong += f" data-p={row.prediction}" if row.prediction else ""
         names = escape(", ".join(shown[:_NAMES_SHOWN]) + more)
-        lines.append(f"<tr{wrong}><th scope=row{title}>{names}{''.join(cells)}")
+        mark = _BESIDE if row.beside else ""
+        lines.append(f"<tr{wrong}><th scope=row{title}>{names}{mark}{''.join(cells)}")
     return Markup("\n".join(lines))
 
 
@@ -263,7 +269,7 @@ def _cells(prefix: str, map_: heat.Map, question: int, cells: Sequence[heat.Cell
         inner = letter + mark
         if links:
             told = f"{map_.questions[question]}, {map_.columns[at].name}: {said}"
-            told += f"; {map_.judge} says otherwise" if cell.wrong else ""
+            told += f"; {clean(map_.judge)} says otherwise" if cell.wrong else ""
             inner = f'<a href="#{prefix}-bits" title="{escape(told)}">{inner}</a>'
         shown = "" if name == "f" else f" class={name}"  # the most common one has none
         out.append(f"<td{shown}{span}>{inner}")
@@ -274,5 +280,7 @@ def _cells(prefix: str, map_: heat.Map, question: int, cells: Sequence[heat.Cell
 def _data(map_: heat.Map) -> Markup:
     """Return what the script needs, as JSON that ends no element."""
     columns = [[column.head, column.name] for column in map_.columns]
-    text = json.dumps({"questions": map_.questions, "columns": columns, "judge": map_.judge})
+    text = json.dumps(
+        {"questions": map_.questions, "columns": columns, "judge": clean(map_.judge), "source": clean(map_.source)}
+    )
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Two records, or two sets of them, compared. Pure."""

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""What a comparison of two records says: what moved, one cause a line, and what else differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+from probe import kvm_record, migration_record
+from probe import record as rec
+
+AnyRecord = Union[rec.Record, kvm_record.KvmRecord, migration_record.MigrationRecord]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One cause: what was seen before and after, of which bits (0: it is not about bits), where.
+
+    what says who did what ("guest write, first"); where the CPUs or profiles, count how many of them.
+    """
+
+    what: str
+    before: str
+    after: str
+    bits: int = 0
+    where: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing around the measurement that is not the same in both records."""
+
+    what: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two records of one kind.
+
+    conditions say whether the comparison is fair; alike names what was looked at and is the same. only_before and
+    only_after are the CPUs or profiles that one record alone has.
+    """
+
+    kind: str
+    conditions: tuple[Condition, ...]
+    alike: tuple[str, ...]
+    moved: tuple[Moved, ...]
+    only_before: str = ""
+    only_after: str = ""
+
+    @property
+    def same(self) -> bool:
+        """True if both saw the same, whatever else differs."""
+        return not (self.moved or self.only_before or self.only_after)
+
+
+def kind_of(record: AnyRecord) -> str:
+    """Say what a record is of."""
+    if isinstance(record, rec.Record):
+        return "record of a run"
+    return "record of KVM" if isinstance(record, kvm_record.KvmRecord) else "record of migrations"
