@@ -100,6 +100,11 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     output = run.add_argument_group("output")
     output.add_argument("--record", metavar="PATH", help="where to write the record; - for standard output")
     output.add_argument("--json", action="store_true", help="print the record instead of the report")
+    output.add_argument(
+        "--stream",
+        action="store_true",
+        help="print events as lines of JSON: start, intent (before each bit), record, or error",
+    )
     output.add_argument("--identify", default="", metavar="NAME", help="put this name into the record")
     safety = run.add_argument_group("safety")
     safety.add_argument(
@@ -320,8 +325,9 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         "diff",
         help="say what moved between two records, or two folders of them",
         description="What moved per bit, profile, initiator and model, one cause a line; and what else differs "
-        "(kernel, microcode, firmware, mitigations), by which the comparison can be judged. Exit code 0: both saw the "
-        "same; 1: they did not.",
+        "(kernel, microcode, firmware, mitigations), by which the comparison can be judged. Of folders, records of one "
+        "machine, CPUID given and policy are paired: those of one name, else of one kernel, else the newest of each "
+        "side. Exit code 0: both saw the same; 1: they did not.",
     )
     diff.add_argument("before", metavar="A", help="a record, or a folder of records")
     diff.add_argument("after", metavar="B", help="another")
@@ -351,6 +357,11 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     export.add_argument(
         "--origin", type=_origin, default="spec_ctrl_probe", metavar="NAME", help="the lab's name with KCIDB"
+    )
+    export.add_argument(
+        "--expect",
+        metavar="MODEL",
+        help="judge KVM by this model, instead of the one that fits the record (see: models)",
     )
     _add_output(export)
     html = commands.add_parser(
@@ -382,6 +393,14 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     migrate.add_argument("records", nargs="+", metavar="RECORD|DIR", help="two records, or one folder of records")
     migrate.add_argument("--rule", default="", metavar="VMM", help="of a pair only this rule; of a pool this (qemu)")
     migrate.add_argument("--json", action="store_true", help="print every pair and rule as JSON")
+    build = commands.add_parser(
+        "agent-build",
+        help="write the agent as one file for machines without internet",
+        description="Writes one file that Python 3.9 to 3.13 runs on any x86-64 Linux with glibc: python3 FILE run "
+        "--write. The same sources give the same bytes; every record that it makes has its SHA-256.",
+    )
+    build.add_argument("-o", "--output", default="spec-ctrl-probe.pyz", metavar="PATH", help="(spec-ctrl-probe.pyz)")
+    build.add_argument("--force", action="store_true", help="replace the file if it exists")
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     kinds = ("run", "kvm", "migration")
     schema.add_argument("kind", nargs="?", choices=kinds, default="run", help="of which record (default: run)")

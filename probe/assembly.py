@@ -97,7 +97,7 @@ def assemble(
     }
     return rec.Record(
         schema_version=f"{rec.SCHEMA_MAJOR}.{rec.SCHEMA_MINOR}",
-        tool=rec.Tool(version=probe.__version__, python=platform.python_version(), arguments=list(arguments)),
+        tool=tool_entry(arguments),
         started=started,
         duration=round(seen.duration, 3),
         identity=identity,
@@ -142,6 +142,13 @@ def _hypervisor_rules(seen: Seen) -> dict[int, list[Inference]]:
         guest, families = profile_of(cpu), _RULES.get(cpu.vendor_string, _OTHERS_RULES)
         found[result.cpu] = [infer(machine, guest, walked) for machine in MACHINES if machine.family in families]
     return found
+
+
+def tool_entry(arguments: Sequence[str]) -> rec.Tool:
+    """Say what makes the record."""
+    return rec.Tool(
+        version=probe.__version__, python=platform.python_version(), arguments=list(arguments), agent=probe.AGENT
+    )
 
 
 def machine_entry(facts: Facts, cpuid: MachineCpuid) -> rec.Machine:

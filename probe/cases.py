@@ -62,7 +62,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Report:
-    """One record as suites. name is stable for machine and kernel, kind "run", "kvm" or "migration"."""
+    """One record as suites. name is the machine's, whatever kernel it runs; kind "run", "kvm" or "migration"."""
 
     name: str
     kind: str
@@ -98,33 +98,41 @@ def cpus_word(cpus: str) -> str:
     return word(cpus.replace(",", "_"))
 
 
-def reports_of(records: Sequence[AnyRecord]) -> list[Report]:
-    """Turn records into reports; of several of one machine, kernel and kind the later are called NAME_2 and so on."""
-    found: list[Report] = []
+def reports_of(records: Sequence[AnyRecord], expect: Machine | None = None) -> list[Report]:
+    """Turn records into reports. Those that have one name get their kernel's, then their time, then a number, too."""
+    found = [report_of(record, expect) for record in records]
+    more: tuple[Callable[[Report], str], ...] = (
+        lambda report: report.record.kernel.release,
+        lambda report: report.record.started,
+    )
+    for label in more:
+        names = [(report.kind, report.name) for report in found]
+        found = [
+            replace(report, name=f"{report.name}-{word(label(report))}") if names.count(name) > 1 else report
+            for report, name in zip(found, names)
+        ]
     taken: set[tuple[str, str]] = set()
-    for record in records:
-        report = report_of(record)
+    for number, report in enumerate(found):
         name, count = report.name, 1
         while (report.kind, name) in taken:
             count += 1
             name = f"{report.name}_{count}"
         taken.add((report.kind, name))
-        found.append(replace(report, name=name))
+        found[number] = replace(report, name=name)
     return found
 
 
-def report_of(record: AnyRecord) -> Report:
-    """Turn a record of any kind into cases."""
+def report_of(record: AnyRecord, expect: Machine | None = None) -> Report:
+    """Turn a record of any kind into cases; a matrix is judged by the model that is expected, if one is."""
     machine = record.machine
-    microcode = machine.microcode[0].revision if machine.microcode else "unknown"
     called = f"{record.identity}-" if record.identity else ""
-    name = word(f"{called}{machine.vendor}-{machine.signature}-{microcode}-{record.kernel.release}")
+    name = word(f"{called}{machine.vendor}-{machine.signature}")
     if isinstance(record, rec.Record):
         return Report(name, "run", record, tuple(_of_run(record)))
     if isinstance(record, kvm_record.KvmRecord):
         if not isinstance(record.policy, UnsetType):
             name += f"-{word(record.policy.name)}"
-        return Report(name, "kvm", record, tuple(_of_kvm(record)))
+        return Report(name, "kvm", record, tuple(_of_kvm(record, expect)))
     return Report(name, "migration", record, tuple(_of_migration(record)))
 
 
@@ -266,9 +274,9 @@ def _said_of(judge: Machine | PolicyMachine, profile: Profile, host: Host, opene
     return make(judge, profile, host, opener)
 
 
-def _of_kvm(record: kvm_record.KvmRecord) -> Iterator[Suite]:
-    yield Suite("kvm", "the kernel as a whole", tuple(_whole(record)))
-    judge = judge_of(record)
+def _of_kvm(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Suite]:
+    yield Suite("kvm", "the kernel as a whole", tuple(_whole(record, expect)))
+    judge = expect or judge_of(record)
     host = kvm_record.host_of(record)
     told: set[str] = set()
     for row in kvm_record.rows_of(record):
@@ -281,20 +289,28 @@ def _of_kvm(record: kvm_record.KvmRecord) -> Iterator[Suite]:
         yield Suite(f"profile_{word(name)}", f"guests with {name.replace(',', '+')}", cells)
 
 
-def _whole(record: kvm_record.KvmRecord) -> Iterator[Case]:
+def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Case]:
     if kvm_record.complaints(record):
         yield Case("policy_decides", Status.ERROR, "; ".join(kvm_record.complaints(record)))
     own = "" if isinstance(record.policy, UnsetType) else f"{record.policy.name} over {record.policy.over}"
-    if own in record.explained_by if own else record.explained_by:
+    if expect is not None and expect.name not in record.explained_by:
+        told = ", ".join(record.explained_by) or "no model"
+        yield Case("explained", Status.FAIL, f"by {told}, where {expect.name} was expected")
+    elif own in record.explained_by if own else record.explained_by:
         yield Case("explained", Status.PASS, "by " + (own or record.follows or ", ".join(record.explained_by)))
     else:
         first = record.fits[0].first if record.fits else UNSET
         told = "" if isinstance(first, UnsetType) else f": {first.program} -> {first.kernel}, not {first.model}"
         nearest = record.fits[0].model if record.fits else "none"
         yield Case("explained", Status.FAIL, f"no model explains every case; the nearest is {nearest}{told}")
-    for entry in record.explored:
-        found = f"{entry.divergence}, not {entry.model_says}" if entry.divergence else ""
-        yield Case(f"programs_{word(entry.model)}", Status.FAIL if found else Status.PASS, found)
+    if record.explored:
+        found = "; ".join(
+            f"{entry.model}: {entry.divergence}, not {entry.model_says}"
+            for entry in record.explored
+            if entry.divergence
+        )
+        told = ", ".join(f"{entry.programs} on {entry.model}" for entry in record.explored)
+        yield Case("programs", Status.FAIL if found else Status.PASS, found or told)
     driver = record.driver
     if isinstance(driver, UnsetType):
         yield Case("msr_driver", Status.SKIP, "not asked (kvm --write)")

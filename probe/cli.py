@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+import probe
 from probe.arguments import make_parser
 from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, UsageError
 from probe.masks import format_list
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_HANDLERS[arguments.command](arguments))
     except ProbeError as error:
         _complain("spec-ctrl-probe", error)
+        if getattr(arguments, "stream", False):
+            _stream("error", exit_code=int(error.exit_code), message=str(error))
         return int(error.exit_code)
     except KeyboardInterrupt as error:
         _say(f"spec-ctrl-probe: interrupted{f' by {error}' if error.args else ''}")
@@ -203,6 +207,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.place == "kvm":
         return _run_in_kvm(arguments)
     place, because = _choose_place(arguments)
+    if arguments.stream and (place == "guest" or arguments.json):
+        raise UsageError("--stream tells of this machine, event by event", "with --in metal, and without --json")
     may = place == "guest" or not arguments.write or os.geteuid() == 0
     if may:
         _check_record_path(arguments.record)
@@ -305,10 +311,29 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
         because=because,
         arguments=tuple(without_paths(arguments.argv)),
     )
-    record = run(options, Ears(say=_say, progress=_Progress()))
+    ears = Ears(say=_say, progress=_Progress(), intent=_stream_intent if arguments.stream else _no_intent)
+    if arguments.stream:
+        _stream("start", version=probe.__version__, agent=probe.AGENT)
+    record = run(options, ears)
     if not arguments.write:
         _say(f"nothing was written; {_how_to_probe_the_metal(arguments)}")
     return record
+
+
+def _stream(event: str, **what: object) -> None:
+    """Print one event as a line of JSON, at once: whoever reads it may lose the machine at the next."""
+    import json
+
+    sys.stdout.write(json.dumps({"event": event, **what}) + "\n")
+    sys.stdout.flush()
+
+
+def _stream_intent(step: str, mask: int) -> None:
+    _stream("intent", step=step, mask=f"{mask:#018x}")
+
+
+def _no_intent(step: str, mask: int) -> None:
+    pass
 
 
 def _how_to_probe_the_metal(arguments: argparse.Namespace) -> str:
@@ -370,7 +395,11 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
         except ProbeError as error:
             failed = error
     try:
-        if arguments.json or arguments.record == "-":
+        if arguments.stream:
+            import json
+
+            _stream("record", record=json.loads(raw))
+        elif arguments.json or arguments.record == "-":
             sys.stdout.write(raw.decode())
         else:
             _show_report(text.render(record))
@@ -929,6 +958,10 @@ def _show(arguments: argparse.Namespace) -> int:
 def _check_tester(arguments: argparse.Namespace) -> None:
     if arguments.tester and arguments.format != "mail":
         raise UsageError("--tester ends a mail", "give --format mail, too")
+    if arguments.tester and not re.fullmatch(r"[^<>\n]+ <[^<>@\s]+@[^<>@\s]+>", arguments.tester.strip()):
+        raise UsageError(
+            f"--tester: {arguments.tester!r} is not NAME <ADDRESS>", "such as 'A Tester <tester@example.org>'"
+        )
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -951,6 +984,8 @@ def _diff(arguments: argparse.Namespace) -> int:
             for side in sides
         ]
         hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
+        if not found.pairs:
+            ending = ""  # nothing was compared
         told = diff_text.render_sets(found, arguments.before, arguments.after, hashes if mail else ())
         (sys.stdout.write if mail else _show_report)(told + ending)
         return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
@@ -958,6 +993,8 @@ def _diff(arguments: argparse.Namespace) -> int:
     comparison = compare(before, after)
     first = diff_text.File(str(paths[0].name or paths[0]), one, tuple(place(before)))
     second = diff_text.File(str(paths[1].name or paths[1]), other, tuple(place(after)))
+    if ending and one == other:
+        raise UsageError("both are the same file: nothing was tested", "give the records of before and after")
     report = diff_text.render(comparison, first, second, hashes=mail) + ending
     (sys.stdout.write if mail else _show_report)(report)
     return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
@@ -966,9 +1003,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     """Print records in a form that CI systems and labs read; what did not pass is in it, not in the exit code."""
     from probe.cases import reports_of
+    from probe.models import machines
 
+    expect = machines.get(arguments.expect) if arguments.expect else None
     _check_output(arguments.output, arguments.force)
-    reports = reports_of([_record_and_hash(path)[0] for path in arguments.records])
+    reports = reports_of([_record_and_hash(path)[0] for path in arguments.records], expect)
     _write_output(_exported(arguments.format, reports, arguments.origin), arguments.output, arguments.force)
     return int(ExitCode.AS_PREDICTED)
 
@@ -1008,6 +1047,15 @@ def _html(arguments: argparse.Namespace) -> int:
     _check_output(arguments.output, arguments.force)
     records = [(Path(path).name or path, *_record_and_hash(path)) for path in arguments.records]
     _write_output(render(records), arguments.output, arguments.force)
+    return int(ExitCode.AS_PREDICTED)
+
+
+def _agent_build(arguments: argparse.Namespace) -> int:
+    from kernel_harness.lab.agent_file import build
+
+    _check_output(arguments.output, arguments.force)
+    built = build(Path(arguments.output), _say, replace=arguments.force)
+    print(f"{built.sha256}  {built.path}")
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -1119,6 +1167,7 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "diff": _diff,
     "export": _export,
+    "agent-build": _agent_build,
     "html": _html,
     "models": _models,
     "migrate": _migrate,

@@ -24,7 +24,7 @@ from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import release_of
 from probe.record import Entry, Kernel, Machine, Mask, Seconds, Time, Tool, Version, closed_schema, record_kind
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
 SCHEMA_ID = f"urn:spec-ctrl-probe:kvm-record:{SCHEMA_MAJOR}"
 
 

@@ -19,7 +19,7 @@ from probe.models.program import parse, written
 from probe.record import Entry, Kernel, Machine, Mask, Seconds, Time, Tool, Version, closed_schema, record_kind
 
 KIND = "migration"
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
 SCHEMA_ID = f"urn:spec-ctrl-probe:migration-record:{SCHEMA_MAJOR}"
 
 

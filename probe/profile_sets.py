@@ -66,9 +66,10 @@ class Universe:
                 return ", ".join(self.names(chosen))
             if chosen in self._conjunctions(length):
                 return _told(self._conjunctions(length)[chosen])
-        without = self._lacking(self.everything & ~chosen)
-        if without:  # all others lack them: these have at least one
-            return "with any of " + ", ".join(without)
+            if length == 1:
+                gate = self._gate(chosen)
+                if gate:
+                    return gate
         terms: list[str] = []
         left = chosen
         while left and len(terms) < _MOST_TERMS:
@@ -103,23 +104,50 @@ class Universe:
                     found.setdefault(members, literals)
         return self._rules[length]
 
-    def _lacking(self, others: int) -> list[str]:
-        """Name the features whose common absence is what all others, and they alone, have."""
-        lacking = [one for one in self._literals if not one.present and not others & ~one.members]
-        members = self.everything
-        for literal in lacking:
-            members &= literal.members
-        if members != others:
-            return []
-        needed = list(lacking)
-        for literal in lacking:  # leave out what the rest says already
-            rest = [one for one in needed if one is not literal]
-            common = self.everything
-            for one in rest:
-                common &= one.members
-            if rest and common == others:
-                needed = rest
-        return [one.feature for one in needed]
+    def _gate(self, chosen: int) -> str:
+        """Return a rule "with any of these, and none of those", as gates are made; "" if none fits."""
+        having = {one.feature: one.members for one in self._literals if one.present}
+        absent = [feature for feature, members in having.items() if not members & chosen]
+        for none_of in ([], self._telling(absent, having, chosen), absent):
+            left = self.everything
+            for feature in none_of:
+                left &= ~having[feature]
+            safe = [feature for feature, members in having.items() if not members & left & ~chosen]
+            covered = 0
+            for feature in safe:
+                covered |= having[feature]
+            if left == chosen and none_of:
+                return _gate_told([], none_of)
+            if not chosen & ~covered:
+                return _gate_told(_cover(safe, having, chosen), none_of)
+        return ""
+
+    def _telling(self, absent: list[str], having: dict[str, int], chosen: int) -> list[str]:
+        """Leave out features that hardly any other profile has: their absence is no rule, but chance."""
+        others = self.everything & ~chosen
+        few = bin(others).count("1") // 10
+        return [feature for feature in absent if bin(having[feature] & others).count("1") > few]
+
+
+def _gate_told(any_of: list[str], none_of: list[str]) -> str:
+    first = "" if not any_of else f"with {'any of ' if len(any_of) > 1 else ''}{', '.join(any_of)}"
+    last = "" if not none_of else ("without " if len(none_of) == 1 else "none of ") + ", ".join(none_of)
+    if not first:
+        return last if len(none_of) == 1 else f"with {last}"
+    return (
+        first if not last else f"{first}, {last}" if len(none_of) == 1 and len(any_of) == 1 else f"{first} and {last}"
+    )
+
+
+def _cover(features: list[str], having: dict[str, int], chosen: int) -> list[str]:
+    """Choose as few of the features as have every profile of a set, the most telling first."""
+    found: list[str] = []
+    left = chosen
+    while left:
+        best = max(features, key=lambda one: bin(having[one] & left).count("1"))
+        found.append(best)
+        left &= ~having[best]
+    return [one for one in features if one in found]
 
 
 def _told(literals: Sequence[_Literal]) -> str:

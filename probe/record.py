@@ -19,7 +19,7 @@ from probe.errors import RecordError
 from probe.masks import hex64, parse_hex64, parse_list
 from probe.outcome import Observation, Outcome
 
-SCHEMA_MAJOR, SCHEMA_MINOR = 1, 1
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 2
 SCHEMA_ID = f"urn:spec-ctrl-probe:record:{SCHEMA_MAJOR}"
 
 _END = r"$(?!\n)"  # Python's $ also matches before a line feed at the end; that of JSON Schema (ECMA-262) does not
@@ -53,12 +53,16 @@ class Entry(Struct, kw_only=True, omit_defaults=True):
 
 
 class Tool(Entry):
-    """What made the record; arguments are those of the command line, without paths."""
+    """What made the record; arguments are those of the command line, without paths.
+
+    agent is the SHA-256 of the one file that the agent ran from, "" for an installed one.
+    """
 
     version: str
     python: str
     arguments: list[str]
     name: str = "spec-ctrl-probe"
+    agent: str = ""
 
 
 class Guest(Entry):

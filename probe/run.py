@@ -58,10 +58,12 @@ class Options:
 
 @dataclass
 class Ears:
-    """Where a run tells what it does: say() for lines, progress(done, all) for the walk."""
+    """Where a run tells what it does: say() for lines, progress(done, all) for the walk, intent(step, mask) before the
+    first write of each step, when it is in the journal already."""
 
     say: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int], None] = lambda done, total: None
+    intent: Callable[[str, int], None] = lambda step, mask: None
 
 
 def run(
@@ -253,6 +255,7 @@ def _walk_saved(
                 "run it again when no VM is running",
             )
         journal.intent(step, mask)
+        ears.intent(step, mask)
 
     walk = Walk(msr, plan, saved, pin, intent=intent, rebased=journal.rebased, stopping=stop, progress=ears.progress)
     ended_by: BaseException | None = None

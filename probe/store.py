@@ -52,6 +52,10 @@ def read_raw(path: str, stdin: BinaryIO | None = None) -> tuple[bytes, str]:
         else:
             with open(path, "rb") as file:
                 raw = file.read(LARGEST_RECORD + 1)
+    except IsADirectoryError as error:
+        raise RecordError(
+            f"cannot read {name}: Is a directory", "give the records in it, such as FOLDER/*.json"
+        ) from error
     except OSError as error:
         raise RecordError(f"cannot read {name}: {error.strerror}", "give a record, such as results/*/*.json") from error
     if len(raw) > LARGEST_RECORD:

@@ -72,6 +72,9 @@ EXAMPLES = (
     ("Where a guest would see the difference between two policies:", "kvm policy emulate --compare kvm-5.6-mask"),
     ("The same of two models, without any machine:", "models diff kvm-5.6-svm kvm-maxim-v1-svm"),
     ("Study the KVM of two of Debian's kernels:", "boot --kernels debian:bookworm,debian:sid -- kvm"),
+    ("What moved between two records, for a mail:", "diff before.json after.json --format mail"),
+    ("A record for a CI system:", "export --format junit record.json -o results.xml"),
+    ("A page of two records, compared:", "html before.json after.json -o page.html"),
 )
 FILES = (
     (f"{STATE_DIR}/journal.ndjson", "The journal of a run that writes, from which restore works; see --state-dir."),
@@ -85,7 +88,7 @@ FILES = (
 ENVIRONMENT = (
     ("PROBE_CACHE", f"Another folder instead of ~/.cache/{NAME}."),
     ("XDG_CACHE_HOME", "Another folder instead of ~/.cache."),
-    ("NO_COLOR", "From Python 3.14 on --help is in colour on a terminal, unless this is set."),
+    ("NO_COLOR", "Reports on a terminal are in colour unless this is set; from Python 3.14 on --help, too."),
 )
 SEE_ALSO = (("cpuid", 1), ("qemu-system-x86_64", 1), ("rdmsr", 1), ("wrmsr", 1), ("cpuid", 4), ("msr", 4))
 

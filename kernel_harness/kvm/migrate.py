@@ -8,12 +8,10 @@ VMM sends and restores is a rule of probe.models.migration; probe.models.moving 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import probe
 from kernel_harness.kvm import guest_code
 from kernel_harness.kvm import host as host_files
 from kernel_harness.kvm.guest_code import Step
@@ -24,7 +22,7 @@ from kernel_harness.kvm.runner import Cpuids, Laboratory, check_program, needs_i
 from kernel_harness.kvm.study import kernel_model, kvm_entry
 from probe import kvm_record
 from probe import migration_record as mig
-from probe.assembly import kernel_entry, machine_entry
+from probe.assembly import kernel_entry, machine_entry, tool_entry
 from probe.cpuid.machine import read_machine
 from probe.errors import UsageError
 from probe.host import Host as HostFiles
@@ -36,7 +34,6 @@ from probe.models.policy import BY_NAME, Policy, PolicyMachine
 from probe.models.profile import parse_profile
 from probe.models.program import Answer, Program, format_answer
 from probe.models.versions import release_of
-from probe.record import Tool
 
 _READ = (Step(guest_code.READ, SPEC_CTRL),)
 
@@ -200,7 +197,7 @@ def leave_and_arrive(
     return mig.MigrationRecord(
         kind="migration",
         schema_version=f"{mig.SCHEMA_MAJOR}.{mig.SCHEMA_MINOR}",
-        tool=Tool(version=probe.__version__, python=platform.python_version(), arguments=list(arguments)),
+        tool=tool_entry(arguments),
         started=started,
         duration=round(time.monotonic() - clock, 3),
         machine=machine_entry(facts, cpuid),

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msgspec import UNSET
 
-import probe
 from kernel_harness.kvm import host as host_files
 from kernel_harness.kvm import uapi
 from kernel_harness.kvm.machine import Kvm, ticking
@@ -19,7 +17,7 @@ from kernel_harness.kvm.measure import measure, measure_host
 from kernel_harness.kvm.policed import Judge, maker
 from kernel_harness.kvm.runner import Cpuids, Make, run_program
 from probe import kvm_record
-from probe.assembly import kernel_entry, machine_entry
+from probe.assembly import kernel_entry, machine_entry, tool_entry
 from probe.cpuid.machine import read_machine
 from probe.errors import NotRestored, ProbeError
 from probe.host import Host as HostFiles
@@ -34,7 +32,7 @@ from probe.models.policy import Policy, PolicyMachine
 from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features
 from probe.models.program import Answer, Program, format_answer, written
 from probe.models.versions import Release, release_of
-from probe.record import Masks, Tool, hide_paths
+from probe.record import Masks, hide_paths
 from probe.run import Ears, Options, run
 
 _IDEAL = ALL_FEATURES & ~mask_of_features([bit for bit in FEATURES if bit.name == "V_SPEC_CTRL"])
@@ -117,7 +115,7 @@ def study(
     return kvm_record.KvmRecord(
         kind="kvm",
         schema_version=f"{kvm_record.SCHEMA_MAJOR}.{kvm_record.SCHEMA_MINOR}",
-        tool=Tool(version=probe.__version__, python=platform.python_version(), arguments=list(arguments)),
+        tool=tool_entry(arguments),
         started=started,
         duration=round(time.monotonic() - clock, 3),
         machine=machine_entry(facts, cpuid),

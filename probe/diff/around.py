@@ -76,6 +76,7 @@ def around(record: AnyRecord) -> dict[str, str]:
     if isinstance(record, rec.Record):
         parts += [("place", record.place), ("walk", record.walk)]
         found["judge"] = record.judge
+        found["held before the run"] = ", ".join(f"{entry.value} (CPUs {entry.cpus})" for entry in record.saved)
         found["CPUID"] = _cpuid(record.cpuid.groups)
         given = record.predicted_from
         found["CPUID given"] = "" if isinstance(given, UnsetType) else f"{given.form}: {_cpuid(given.groups)}"

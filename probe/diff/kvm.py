@@ -12,19 +12,18 @@ from probe import kvm_record
 from probe.diff.around import conditions
 from probe.diff.moved import Comparison, Moved
 from probe.masks import ALL_BITS, bits_of, parse_hex64
-from probe.models.profile import FEATURES, parse_profile
 from probe.profile_sets import Universe
 
 # Cell -> (who does what, the word for a bit that is not in its mask, and for one that is).
 _CELL_WORDS: Mapping[str, tuple[str, str, str]] = {
     "host_first": ("host write, first", "refused", "accepted"),
-    "host_first_kept": ("host write, first, read back by the host", "not kept", "kept"),
-    "host_first_seen": ("host write, first, read by the guest", "not seen", "seen"),
+    "host_first_kept": ("host reads after its own first write", "something else", "what was written"),
+    "host_first_seen": ("guest reads after a host's first write", "something else", "what was written"),
     "guest_first": ("guest write, first", "#GP", "accepted"),
-    "guest_first_seen": ("guest write, first, read back by the guest", "not kept", "kept"),
-    "guest_first_kept": ("guest write, first, read by the host", "not saved", "saved"),
+    "guest_first_seen": ("guest reads after its own first write", "something else", "what was written"),
+    "guest_first_kept": ("host reads after a guest's first write", "something else", "what was written"),
     "guest_after": ("guest write after a host's", "#GP", "accepted"),
-    "guest_after_seen": ("guest write after a host's, read back", "not kept", "kept"),
+    "guest_after_seen": ("guest reads after a write after a host's", "something else", "what was written"),
     "host_after": ("host write once the guest was let through", "refused", "accepted"),
     "host_zero": ("host write of 0", "refused", "accepted"),
     "guest_zero": ("guest write of 0", "#GP", "accepted"),
@@ -63,7 +62,7 @@ def compare(before: kvm_record.KvmRecord, after: kvm_record.KvmRecord) -> Compar
         missing = [kvm_record.profile_name(profile) for profile in mine if profile not in theirs]
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         told = ", ".join(name.replace(",", "+") for name in missing[:4])
-        only.append(f"{len(missing)} profiles: {told}{more}" if missing else "")
+        only.append(f"{len(missing)} profile{'s' if len(missing) > 1 else ''}: {told}{more}" if missing else "")
     return Comparison("kvm", differing, alike, tuple(moved), *only)
 
 
@@ -100,12 +99,14 @@ def _rows_moved(
         merged[change, profiles] = merged.get((change, profiles), 0) | (1 << bit if bit >= 0 else 0)
     single = [(change, bits, profiles) for (change, profiles), bits in merged.items()]
     found = min((_lines(single), _lines(whole)), key=len)
-    return [
+    moved = [
         Moved(what, no, yes, bits, universe.describe(profiles), bin(profiles).count("1"))
         for what, no, yes, bits, profiles in found
     ]
+    return sorted(moved, key=lambda one: (_WEIGHT.get(one.after, 2), -one.count))
 
 
+_WEIGHT = {"#GP": 0, "refused": 1}  # what breaks guests, and restores, comes first
 _MOST_CAUSES = 400  # beyond, nobody reads a line for each
 
 
@@ -237,11 +238,6 @@ def _hardware_moved(before: kvm_record.KvmRecord, after: kvm_record.KvmRecord) -
         mine, theirs = getattr(one, name), getattr(other, name)
         if mine != theirs:
             moved.append(Moved(what, words[name][mine], words[name][theirs]))
-    for name, what in (("host_cpuid", "host CPUID"), ("supported_cpuid", "CPUID that KVM offers")):
-        mine, theirs = parse_profile(getattr(one, name)).mask, parse_profile(getattr(other, name)).mask
-        for position, bit in enumerate(FEATURES):
-            if (mine ^ theirs) >> position & 1:
-                moved.append(Moved(f"{what}: {bit.name}", *(("0", "1") if theirs >> position & 1 else ("1", "0"))))
     return moved
 
 

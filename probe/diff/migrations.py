@@ -25,8 +25,14 @@ def compare(before: MigrationRecord, after: MigrationRecord) -> Comparison:
     if told[0] != told[1]:
         moved.append(Moved("policies", told[0], told[1]))
     differing, alike = conditions(before, after)
-    only = ["; ".join(key for key in found[at] if key not in found[1 - at]) for at in (0, 1)]
+    only = [_counted([key for key in found[at] if key not in found[1 - at]]) for at in (0, 1)]
     return Comparison("migration", differing, alike, tuple(moved), only[0], only[1])
+
+
+def _counted(keys: list[str]) -> str:
+    """Say how many guests one record alone has, and which the first are."""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{len(keys)} guests: {'; '.join(keys[:3])}{more}" if keys else ""
 
 
 def _value(mask: str | UnsetType) -> str:
@@ -35,15 +41,16 @@ def _value(mask: str | UnsetType) -> str:
 
 def _origin(record: MigrationRecord, kernel: str) -> str:
     """The kernel's own name does not count, or two kernels had nothing in common."""
-    return "from here" if kernel == record.kernel.release else f"from {kernel}"
+    return "within the kernel" if kernel == record.kernel.release else "from another kernel"
 
 
 def _departures(record: MigrationRecord) -> dict[str, str]:
     found: dict[str, str] = {}
-    for number, left in enumerate(record.departures):
+    for left in record.departures:
         program = "" if record.study else f" {left.program.partition(';')[0]}"
         key = f"{_origin(record, left.kernel)}, {left.policy or 'KVM alone'}{program}"
-        key = key if key not in found else f"{key} ({number})"
+        while key in found:
+            key += ", again"
         differs = f"; NOT as the model says: {left.differs}" if left.differs else ""
         listed = "" if left.listed else ", not listed"
         found[key] = f"{left.program}, reads {_value(left.reads)}, VMM {_value(left.held)}{listed}{differs}"
@@ -52,14 +59,15 @@ def _departures(record: MigrationRecord) -> dict[str, str]:
 
 def _arrivals(record: MigrationRecord) -> dict[str, str]:
     found: dict[str, str] = {}
-    for number, entry in enumerate(record.arrivals):
+    for entry in record.arrivals:
         left = record.departures[entry.departure]
         to = entry.policy or "KVM alone"
         key = f"{_origin(record, left.kernel)}, {left.policy or 'KVM alone'} to {to}"
         key += f" ({entry.profile})" if entry.profile else ""
         key += "" if record.study else f" {left.program.partition(';')[0]}"
         key += f", rule {entry.rule}"
-        key = key if key not in found else f"{key} ({number})"
+        while key in found:
+            key += ", again"
         differs = f"; NOT as the model says: {entry.differs}" if entry.differs else ""
         found[key] = (
             f"{entry.outcome}, sent {_value(entry.sent)}, reads {_value(entry.reads)}, "

@@ -32,9 +32,6 @@ def compare(before: rec.Record, after: rec.Record) -> Comparison:
     for span, one, other in _both(*seen):
         for what, word, its, mask in _observations_moved(one, other):
             causes.add(what, word, its, mask, span)
-    for span, one, other in _both(_spans(before.saved), _spans(after.saved)):
-        if one.value != other.value:
-            causes.add("held before the run", one.value, other.value, 0, span)
     for model in dict.fromkeys(entry.model for entry in (*before.predictions, *after.predictions)):
         said = [[entry for entry in record.predictions if entry.model == model] for record in (before, after)]
         if not said[0] or not said[1]:

@@ -41,7 +41,8 @@ def render_sets(found: Sets, before: str, after: str, hashes: Sequence[tuple[Fil
     lines += ["", *field("before", before), *field("after", after)]
     for word, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
-            lines += ["", *paragraph(f"only {word}, without a counterpart: {', '.join(names)}", "", "  ")]
+            lines += ["", f"only {word}, without a counterpart of the same machine, CPUID given and policy:"]
+            lines += [f"  {name}" for name in names]
     by_name = {one.name: (one, other) for one, other in hashes}
     for pair in differing:
         lines += ["", *paragraph(f"{pair.name}: {_headline(pair.comparison)}")]
@@ -61,7 +62,8 @@ def _headline(found: Comparison) -> str:
     if found.same:
         return "the same"
     count = len(found.moved) + bool(found.only_before) + bool(found.only_after)
-    return f"{count} change{'s' if count > 1 else ''}"
+    around = f"; {len(found.conditions)} things around it differ" if len(found.conditions) > 1 else ""
+    return f"{count} change{'s' if count > 1 else ''}{around}"
 
 
 def _files(before: File, after: File, *, hashes: bool) -> list[str]:
@@ -99,6 +101,8 @@ def _changes(found: Comparison) -> list[str]:
     for word, only in (("before", found.only_before), ("after", found.only_after)):
         if only:
             lines += paragraph(f"only {word}: {only}", "  ", "      ")
+    if any("with " in moved.where for moved in found.moved):
+        lines += ["", *paragraph("rules over CPUID bits fit the guests that both measured; of others they say nothing")]
     return lines
 
 

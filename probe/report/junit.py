@@ -29,7 +29,10 @@ def _suite(report: Report, suite: Suite) -> TestSuite:
     found = TestSuite(f"{report.kind}_{report.name}.{suite.name}")
     found.timestamp = report.record.started.rstrip("Z")
     properties = Properties()
-    for name, value in (("record", title_of(report)), ("suite", suite.title), ("tool", report.record.tool.version)):
+    kernel, machine = report.record.kernel, report.record.machine
+    microcode = ", ".join(one.revision for one in machine.microcode) or "unknown"
+    about = (("record", title_of(report)), ("suite", suite.title), ("kernel", f"{kernel.release} {kernel.version}"))
+    for name, value in (*about, ("microcode", microcode), ("tool", report.record.tool.version)):
         properties.add_property(Property(name, _xml(value)))
     found.append(properties)
     for case in suite.cases:

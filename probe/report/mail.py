@@ -21,7 +21,7 @@ from probe.report import moved_text, text
 from probe.report.kvm_text import explained
 from probe.report.layout import clean, field, fields, joined, paragraph
 
-_COMMIT = re.compile(r"-g([0-9a-f]{7,40})(?![0-9a-f])")
+_COMMIT = re.compile(r"-g([0-9a-f]{7,40})(?![0-9a-f])(-dirty)?")
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD", "HygonGenuine": "Hygon"}
 
 
@@ -45,7 +45,7 @@ def signed(tester: str) -> str:
 def commit_of(release: str) -> str:
     """Return the commit that a kernel's release names (6.19.0-rc1-00012-g0123456789ab); "" if it names none."""
     found = _COMMIT.search(release)
-    return found.group(1) if found else ""
+    return "" if not found else found[1] + (", and changes that are not in it" if found[2] else "")
 
 
 def place(record: AnyRecord) -> list[str]:
@@ -74,13 +74,30 @@ def place(record: AnyRecord) -> list[str]:
         lines += field("", f"a guest booted for it: {guest.kernel} {guest.kernel_version}, {guest.accelerator}")
         lines += field("", guest.qemu)
     if isinstance(record, rec.Record):
-        if not isinstance(record.place.guest, UnsetType) and record.place.guest.register_model:
-            lines += field("", f"its register is a model: {record.place.guest.register_model}")
+        for told in not_hardware(record):
+            lines += field("", told)
     else:
         lines += _kvm_place(record)
     if record.tool.arguments:
         lines += field("command", f"{record.tool.name} {shlex.join(record.tool.arguments)}")
     return lines
+
+
+def not_hardware(record: AnyRecord) -> list[str]:
+    """Say what of a record is not the hardware's own: a modelled register, a CPUID that was given."""
+    told = []
+    if isinstance(record, rec.Record):
+        guest = record.place.guest
+        if not isinstance(guest, UnsetType) and guest.register_model:
+            told.append(f"NOT HARDWARE: its register is a model, {guest.register_model}")
+        if not isinstance(record.predicted_from, UnsetType):
+            told.append(f"predicted from a recorded CPUID: {text.predicted_cpu(record)}")
+    elif not isinstance(record.guest, UnsetType):
+        if not isinstance(record.guest.tested, UnsetType):
+            told.append(f"NOT HARDWARE: KVM's own test of a value was made to accept {record.guest.tested}")
+        if record.guest.cpu:
+            told.append(f"CPUID bits given to an emulated CPU: {record.guest.cpu.replace(',', ', ')}")
+    return told
 
 
 def _kvm_place(record: kvm_record.KvmRecord | migration_record.MigrationRecord) -> list[str]:
@@ -95,6 +112,15 @@ def _kvm_place(record: kvm_record.KvmRecord | migration_record.MigrationRecord) 
     return lines
 
 
+def _register(record: kvm_record.KvmRecord) -> list[str]:
+    hardware = record.hardware
+    keeps = "keeps none of them" if not parse_hex64(hardware.keep) else f"keeps bits {_bits(hardware.keep)}"
+    lines = field("register", f"takes bits {_bits(hardware.tested)}; a guest let through {keeps}")
+    if not parse_hex64(hardware.keep):
+        lines += field("", "so whether VM entry loads a guest's value was not seen")
+    return lines
+
+
 def _run(record: rec.Record) -> list[str]:
     """The report's findings and bits, without what a reviewer does not need."""
     lines = [*text.headline(record), "", *place(record), "", *text.findings(record), ""]
@@ -106,10 +132,9 @@ def _run(record: rec.Record) -> list[str]:
 def _kvm(record: kvm_record.KvmRecord) -> list[str]:
     policy = "" if isinstance(record.policy, UnsetType) else f" under policy {record.policy.name}"
     lines = [*paragraph(f"KVM and IA32_SPEC_CTRL (MSR 0x48){policy}: {explained(record)}"), ""]
-    lines += [*place(record), ""]
+    lines += [*place(record), *_register(record), ""]
     profiles = sum(len(row.profiles) for row in record.rows)
-    cases = max((fit.cases for fit in record.fits), default=0)
-    lines += field("tested", f"{profiles} guest CPUIDs, {cases:,} cases; every bit, host- and guest-initiated")
+    lines += field("tested", f"{profiles} guest CPUIDs; every bit, host- and guest-initiated")
     for entry in record.explored:
         found = f"differs: {entry.divergence}, not {entry.model_says}" if entry.divergence else "no divergence"
         lines += field("", f"{entry.programs:,} random programs on {entry.model}: {found}")
@@ -138,7 +163,8 @@ def _findings(record: kvm_record.KvmRecord) -> list[str]:
 
 def _masks(rows: Sequence[kvm_record.RowEntry]) -> list[str]:
     """What is accepted, by groups of guest CPUIDs, the largest first."""
-    lines = [f"{'guest CPUIDs':<34}{'guest first':<14}{'then':<14}{'host':<13}".rstrip()]
+    lines = [f"{'bits accepted of':<34}{'a guest,':<14}{'after a':<14}{'a host,'}"]
+    lines.append(f"{'guests with these CPUIDs':<34}{'first':<14}{'host write':<14}{'first'}")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         cells = tuple(_bits(row.cells.get(name)) for name in ("guest_first", "guest_after", "host_first"))
@@ -152,7 +178,6 @@ def _masks(rows: Sequence[kvm_record.RowEntry]) -> list[str]:
         lines.append(f"{shown:<34}{tail}")
     if len(groups) > 8:
         lines.append(f"and {len(groups) - 8} more groups: in the record")
-    lines.append("bits accepted; then: a guest's, after a value that KVM took from the host")
     return lines
 
 

@@ -36,16 +36,21 @@ def _told(report: Report) -> list[str]:
         for suite in report.suites:
             for case in suite.cases:
                 if case.status is status:
-                    where = "" if status is Status.SKIP else suite.name
+                    where = suite.name if status is not Status.SKIP or report.kind == "run" else _kind_of(suite.name)
                     rows.setdefault((status.value, case.reason, where), []).append(case.name)
     lines = ["| suite | case | status | reason |", "|---|---|---|---|"]
     for (status_word, reason, where), names in rows.items():
+        names = list(dict.fromkeys(names))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(f"| {_cell(where)} | {_cell(shown)} | {status_word} | {_cell(reason)} |")
     failed = any(word in ("fail", "error") for word, *_ in rows)
     measured = any(report.count(status) for status in (Status.PASS, Status.FAIL))
     head = [] if failed else ["Nothing failed." if measured else "Nothing was measured.", ""]
     return [*head, *(lines if rows else []), ""]
+
+
+def _kind_of(suite: str) -> str:
+    return "profiles" if suite.startswith("profile_") else suite
 
 
 def _cell(text: str) -> str:

@@ -104,9 +104,7 @@ def _machine(record: rec.Record) -> list[str]:
     lines += field("", record.place.because)
     lines += field("CPUID", f"read by {' and '.join(record.cpuid.sources)}; cross-check: {record.cpuid.cross_check}")
     if record.predicted_from is not UNSET:
-        lines += field(
-            "", f"predictions from a recorded CPUID ({record.predicted_from.form}): {_predicted_cpu(record)}"
-        )
+        lines += field("", f"predictions from a recorded CPUID ({record.predicted_from.form}): {predicted_cpu(record)}")
     lines += field(
         "run",
         f"{record.started}, {record.duration:.1f} s, {record.tool.name} {record.tool.version}, "
@@ -117,7 +115,8 @@ def _machine(record: rec.Record) -> list[str]:
     return lines
 
 
-def _predicted_cpu(record: rec.Record) -> str:
+def predicted_cpu(record: rec.Record) -> str:
+    """Name the CPU whose recorded CPUID the predictions were made from; "" if it was this machine's."""
     if record.predicted_from is UNSET:
         return ""
     cpus = cpuid_of_groups(record.predicted_from.groups)

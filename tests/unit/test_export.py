@@ -24,6 +24,7 @@ from probe import record as rec
 from probe.cases import Report, Status, bit_name, report_of, reports_of, word
 from probe.cli import main
 from probe.masks import ALL_BITS, hex64, parse_hex64
+from probe.models import machines
 from probe.report import junit, kcidb, ktap, prometheus, tables
 from probe.report.page.render import render
 from probe.store import decode_any
@@ -128,13 +129,27 @@ def test_a_migration_that_fails_is_in_no_other_ones_shadow() -> None:
         assert report_of(record).count(Status.FAIL) == 1, number
 
 
-def test_names_do_not_hang_on_the_order_of_arguments() -> None:
+def test_names_do_not_hang_on_kernel_or_order() -> None:
     one, other = as_predicted(), as_predicted()
     one.identity, other.identity = "host-a", "host-b"
     assert {report.name for report in reports_of([one, other])} == {report.name for report in reports_of([other, one])}
-    names = [report.name for report in reports_of([as_predicted()] * 3)]
-    assert len(set(names)) == 3
-    assert names[1:] == [f"{names[0]}_2", f"{names[0]}_3"]
+    other.identity, other.kernel.release = "host-a", "9.9"
+    assert report_of(one).name == report_of(other).name, "a new kernel makes no case new"
+    names = {report.name for report in reports_of([one, other])}
+    assert names == {report.name for report in reports_of([other, one])}, "two of one machine are told by their kernels"
+    assert any(name.endswith("-9-9") for name in names)
+    names_of_three = [report.name for report in reports_of([as_predicted()] * 3)]
+    assert len(set(names_of_three)) == 3
+
+
+def test_a_kernel_is_judged_by_the_model_that_is_expected() -> None:
+    record = decode_any(NEW.read_bytes(), "x")
+    assert report_of(record).status is Status.PASS
+    found = cases(report_of(record, machines.get("kvm-6.1-svm")))
+    assert found["kvm.explained"] == ("fail", "by kvm-6.19-svm, where kvm-6.1-svm was expected")
+    assert found["profile_qemu-ibrs.guest_first"][0] == "fail"
+    assert report_of(record, machines.get("kvm-6.19-svm")).status is Status.PASS
+    assert main(["export", "--format", "ktap", "--expect", "nope", str(NEW)]) == 2
 
 
 def test_what_was_not_measured_never_passes() -> None:

@@ -212,7 +212,7 @@ def test_a_record_and_back() -> None:
     assert mig.departed_of(again.departures[0]) == LEFT
     assert again.arrivals[1].reads is msgspec.UNSET, "what was refused is read by nobody"
     assert json.loads(raw)["arrivals"][0]["sent"] == hex64(3)
-    assert mig.schema()["$id"] == "urn:spec-ctrl-probe:migration-record:1.0"
+    assert mig.schema()["$id"] == "urn:spec-ctrl-probe:migration-record:1.1"
 
 
 def test_two_runs_on_one_kernel_are_one_record() -> None:

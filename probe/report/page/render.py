@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from msgspec import UnsetType
 
 import probe
-from probe import kvm_record
+from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
 from probe.diff.moved import AnyRecord, Comparison, Moved, kind_of
@@ -27,8 +27,11 @@ from probe.diff.sets import compare
 from probe.masks import format_bits, parse_hex64
 from probe.models import machines
 from probe.registers import SPEC_CTRL
+from probe.report import moved_text
 from probe.report.diff_text import named
+from probe.report.kvm_text import explained
 from probe.report.layout import clean
+from probe.report.mail import not_hardware
 from probe.report.page import heat
 
 MERGED_FROM = 200  # rows, from which neighbours that are alike share a cell, and cells are no links
@@ -117,6 +120,9 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
         "status": report.status.value,
         "counts": [(status.value, report.count(status)) for status in Status],
         "facts": _facts(record),
+        "warn": not_hardware(record),
+        "moves": "" if not isinstance(record, migration_record.MigrationRecord) else moved_text.render([record]),
+        "badge": _badge(record, report),
         "findings": _findings(report),
         "map": map_,
         "merged": merged,
@@ -128,6 +134,13 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
         "models": _models(record),
         "notes": getattr(record, "notes", []),
     }
+
+
+def _badge(record: AnyRecord, report: Report) -> str:
+    """Return the result in a word: of KVM which model explains it, which is no judgement of the kernel."""
+    if isinstance(record, kvm_record.KvmRecord) and report.status is Status.PASS:
+        return explained(record).partition(";")[0]
+    return report.status.value
 
 
 def _facts(record: AnyRecord) -> list[tuple[str, str]]:
