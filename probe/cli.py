@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         arguments.argv = list(sys.argv[1:] if argv is None else argv)
+        if sys.stdout.isatty() and getattr(arguments, "format", "text") == "text":
+            from probe.report import layout
+
+            layout.narrow(shutil.get_terminal_size().columns)
         return int(_HANDLERS[arguments.command](arguments))
     except ProbeError as error:
         _complain("spec-ctrl-probe", error)
@@ -117,11 +121,10 @@ def _tell(text: str) -> None:
 
 
 def _show_report(text: str) -> None:
-    """Print a report; on a terminal it fits the window, and is in colour unless NO_COLOR is set."""
+    """Print a report; on a terminal in colour, unless NO_COLOR is set."""
     if sys.stdout.isatty():
         from probe.report import terminal
 
-        text = terminal.fitted(text, shutil.get_terminal_size().columns)
         if not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb":
             text = terminal.coloured(text)
     sys.stdout.write(text)

@@ -363,6 +363,12 @@ def decode(raw: bytes, name: str) -> Record:
     A newer minor version is read (its new fields are passed over). Raise RecordError for anything else: another
     major version, a missing field, a mask of 65 bits, text that is not JSON.
     """
+    kind, _ = record_kind(raw)
+    if kind:
+        raise RecordError(
+            f"{name} is a record of another kind, {kind[:20]!r}, which holds no register's walk and no whole CPUID",
+            "give a record of run",
+        )
     try:
         head = msgspec.json.decode(raw, type=_Head)
         major = head.schema_version.partition(".")[0]

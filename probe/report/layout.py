@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Lines of at most 75 columns, with nothing in them that a mail or a terminal could take for more than text."""
+"""Lines of at most 75 columns, with nothing in them that a mail or a terminal could take for more than text.
+
+On a terminal that is narrower they are laid out for it: narrow() says so, for the context in which it is called.
+"""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections.abc import Iterable
+from contextvars import ContextVar
 
 WIDTH = 75
 LABEL = 11
-_LONG = WIDTH - 20
+_HEAD = 20  # columns that a line may need before a name
+_NARROWEST = 30
+_columns: ContextVar[int] = ContextVar("columns", default=WIDTH)
+
+
+def narrow(columns: int) -> None:
+    """Lay out for a window of so many columns from now on, if that is narrower than a mail."""
+    _columns.set(max(_NARROWEST, min(columns, WIDTH)))
 
 
 def clean(text: str) -> str:
@@ -25,12 +36,12 @@ class _Wrapper(textwrap.TextWrapper):
     def _split(self, text: str) -> list[str]:
         chunks: list[str] = []
         for chunk in super()._split(text):
-            chunks += re.split(r"(?<=[/-])", chunk) if len(chunk) > _LONG else [chunk]
+            chunks += re.split(r"(?<=[/-])", chunk) if len(chunk) > _columns.get() - _HEAD else [chunk]
         return [chunk for chunk in chunks if chunk]
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:
-    return _Wrapper(WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False).wrap(text)
+    return _Wrapper(_columns.get(), initial_indent=first, subsequent_indent=later, break_on_hyphens=False).wrap(text)
 
 
 def paragraph(text: str, first: str = "", later: str = "") -> list[str]:
@@ -56,9 +67,10 @@ def joined(lines: Iterable[str]) -> str:
     fitted: list[str] = []
     for line in lines:
         line = clean(line).rstrip()
-        if len(line) <= WIDTH:
+        columns = _columns.get()
+        if len(line) <= columns:
             fitted.append(line)
         else:
             blanks = len(line) - len(line.lstrip())
-            fitted += _wrapped(line.lstrip(), " " * min(blanks, WIDTH // 2), " " * min(blanks + 2, WIDTH // 2))
+            fitted += _wrapped(line.lstrip(), " " * min(blanks, columns // 2), " " * min(blanks + 2, columns // 2))
     return "\n".join(fitted).rstrip("\n") + "\n"

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A report for a terminal: folded to a window narrower than a mail, and coloured where it helps. Pure."""
+"""A report for a terminal: in colour where it helps. Pure."""
 
 from __future__ import annotations
 
 import re
-import textwrap
-
-from probe.report.layout import WIDTH
 
 _RESET = "\x1b[0m"
 # What must be seen first, what is as it should be, what begins a part; the text says the same without colour.
@@ -21,21 +18,6 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r" as predicted$|(?<= )100 %(?= )|^nothing moved$|all [0-9]+ outcomes as the models say"), "32"),
     (re.compile(r"^(?:findings|moved|around it, not the same)$"), "1"),
 )
-
-
-def fitted(text: str, columns: int) -> str:
-    """Fold the lines of a report that are longer than a window of so many columns, behind their own indentation."""
-    if columns >= WIDTH:
-        return text
-    lines: list[str] = []
-    for line in text.splitlines():
-        indent = " " * min(len(line) - len(line.lstrip()) + 2, columns // 2)
-        lines += (
-            [line]
-            if len(line) <= columns
-            else textwrap.wrap(line, max(columns, 20), subsequent_indent=indent, drop_whitespace=True) or [""]
-        )
-    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def coloured(text: str) -> str:
