@@ -401,6 +401,36 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     build.add_argument("-o", "--output", default="spec-ctrl-probe.pyz", metavar="PATH", help="(spec-ctrl-probe.pyz)")
     build.add_argument("--force", action="store_true", help="replace the file if it exists")
+    ingest = commands.add_parser(
+        "ingest",
+        help="take a night's output of any engine into the store",
+        description="Takes what a folder holds: records, streams of events (run --stream), journals; the folder's or "
+        "file's name is the machine's. No record is counted twice; a machine that announced a step and gave no record "
+        "was lost there; lines that are nothing known are listed and set aside. Exit code 1: a machine was lost, or "
+        "lines were set aside.",
+    )
+    ingest.add_argument("folder", metavar="DIR", help="what the engine left, such as that of clush --outdir")
+    ingest.add_argument("--store", default="nights", metavar="DIR", help="the nights (default: nights/)")
+    ingest.add_argument(
+        "--night", default="", metavar="DATE", help="of machines without a record (default: the newest)"
+    )
+    history = commands.add_parser(
+        "history",
+        help="ask the nights what changed, what flips a bit, who is missing",
+        description="changes: what is not as it was between two nights; missing: machines not seen or lost; flips: "
+        "microcode that flips a bit; differ: machines whose CPUs differ; findings: open ones, and since when; machine "
+        "NAME: one machine's life; sql 'SELECT ...': your own question to the view runs.",
+    )
+    history.add_argument(
+        "question", choices=("changes", "missing", "flips", "differ", "findings", "machine", "sql"), help="see above"
+    )
+    history.add_argument("what", nargs="?", default="", metavar="NAME|SQL", help="of machine and sql")
+    history.add_argument("--store", default="nights", metavar="DIR", help="the nights (default: nights/)")
+    history.add_argument(
+        "--from", dest="before", default="", metavar="DATE", help="the night before (default: the last but one)"
+    )
+    history.add_argument("--to", dest="after", default="", metavar="DATE", help="the night (default: the last)")
+    history.add_argument("--output-format", choices=("table", "json", "csv"), default="table", help="default: table")
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     kinds = ("run", "kvm", "migration")
     schema.add_argument("kind", nargs="?", choices=kinds, default="run", help="of which record (default: run)")

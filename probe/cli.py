@@ -1062,6 +1062,46 @@ def _agent_build(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED)
 
 
+def _ingest(arguments: argparse.Namespace) -> int:
+    from kernel_harness.lab.nights import ingest
+    from probe.report import nights_text
+
+    done = ingest(Path(arguments.folder), Path(arguments.store), _say, arguments.night)
+    bad = [(one.file, one.line, one.why) for one in done.bad]
+    _show_report(nights_text.ingested(done.new, done.again, done.lost, bad, sorted(done.dates)))
+    return int(ExitCode.FINDINGS if done.lost or done.bad else ExitCode.AS_PREDICTED)
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from kernel_harness.lab.history import ask
+    from probe.report import nights_text
+
+    question, what = arguments.question, arguments.what
+    if (question in ("machine", "sql")) != bool(what):
+        raise UsageError(
+            f"history {question} {'wants' if not what else 'takes no'} {'SQL' if question == 'sql' else 'NAME'}",
+            "history machine NAME, history sql 'SELECT ...'",
+        )
+    if arguments.before and question != "changes":
+        raise UsageError(f"history {question} takes no --from", "it looks at all nights up to --to")
+    answer = ask(
+        Path(arguments.store),
+        question,
+        before=arguments.before,
+        after=arguments.after,
+        host=what if question == "machine" else "",
+        sql=what if question == "sql" else "",
+    )
+    if arguments.output_format == "json":
+        sys.stdout.write(nights_text.as_json(answer.columns, answer.rows))
+    elif arguments.output_format == "csv":
+        sys.stdout.write(nights_text.as_csv(answer.columns, answer.rows))
+    else:
+        _show_report(nights_text.table(answer.columns, answer.rows, answer.nothing))
+    found = bool(answer.rows) and question in ("changes", "missing", "differ", "findings")
+    return int(ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
+
+
 def _check_output(path: str | None, force: bool) -> None:
     """Raise UsageError, before the work, if a file is there that nobody said may be replaced."""
     if not path or path == "-":
@@ -1171,6 +1211,8 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "diff": _diff,
     "export": _export,
     "agent-build": _agent_build,
+    "ingest": _ingest,
+    "history": _history,
     "html": _html,
     "models": _models,
     "migrate": _migrate,

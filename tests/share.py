@@ -240,6 +240,8 @@ FILED = {
     "diff after": "*",
     "diff before": "*",
 }
+# What only the user knows.
+FREE = {"history what"}
 _HEADER = """\
 # Made by "make docs"; do not edit. The words are this project's, the code around them is the template of shtab
 # (https://github.com/tqdm/shtab), under MPL-2.0 (https://mozilla.org/MPL/2.0/): so these files are not in the project.

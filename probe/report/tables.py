@@ -61,27 +61,29 @@ def _cell(text: str) -> str:
 
 def comma_separated(reports: Sequence[Report]) -> str:
     """Return a header and a row for each case; a text that a spreadsheet would take for a formula begins with '."""
-    out = _Lines()
+    out = Lines()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for report in reports:
         for suite in report.suites:
             for case in suite.cases:
                 row = (report.name, report.kind, suite.name, case.name, case.status.value, case.reason)
-                writer.writerow([_harmless(clean(" ".join(text.split()))) for text in row])
+                writer.writerow([harmless(clean(" ".join(text.split()))) for text in row])
     return "".join(out.lines)
 
 
-class _Lines:
+class Lines:
     """What csv writes to."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def write(self, line: str) -> int:
+        """Take a line."""
         self.lines.append(line)
         return len(line)
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Keep a text from being a formula where a spreadsheet opens it."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -18,6 +18,7 @@ from probe.errors import ProbeError, RequirementMissing
 from tests.bench.evidence import evidence_figures
 from tests.bench.figures import figure, missed, note, ratio
 from tests.bench.kvm import kvm_figures
+from tests.bench.nights import nights_figures
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
@@ -89,6 +90,7 @@ def main() -> int:
     processes()
     large()
     evidence_figures(best)
+    nights_figures()
     if shutil.which("gcc") is None:
         print("not run: the walk against C (gcc is missing)")
         return 4

@@ -39,6 +39,7 @@ PURE = (
     "probe.profile_sets",
     "probe.diff",
     "probe.cases",
+    "probe.nights",
     "probe.arguments",
     "probe.report",
 )
