@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from probe.models.machine import Machine
     from probe.models.prediction import Model
     from probe.models.profile import Profile
+    from probe.stream import Events
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProbeError as error:
         _complain("spec-ctrl-probe", error)
         if getattr(arguments, "stream", False):
-            _stream("error", exit_code=int(error.exit_code), message=str(error))
+            events = _events(arguments)
+            events.send("error", exit_code=int(error.exit_code), message=str(error))
+            events.finish()
         return int(error.exit_code)
     except KeyboardInterrupt as error:
         _say(f"spec-ctrl-probe: interrupted{f' by {error}' if error.args else ''}")
@@ -314,25 +317,28 @@ def _run_here(arguments: argparse.Namespace, because: str) -> rec.Record:
         because=because,
         arguments=tuple(without_paths(arguments.argv)),
     )
-    ears = Ears(say=_say, progress=_Progress(), intent=_stream_intent if arguments.stream else _no_intent)
+    intent = _no_intent
     if arguments.stream:
-        _stream("start", version=probe.__version__, agent=probe.AGENT)
-    record = run(options, ears)
+        events = _events(arguments)
+        events.send("start", version=probe.__version__, agent=probe.AGENT)
+
+        def intent(step: str, mask: int) -> None:
+            events.send("intent", step=step, mask=f"{mask:#018x}")
+
+    record = run(options, Ears(say=_say, progress=_Progress(), intent=intent))
     if not arguments.write:
         _say(f"nothing was written; {_how_to_probe_the_metal(arguments)}")
     return record
 
 
-def _stream(event: str, **what: object) -> None:
-    """Print one event as a line of JSON, at once: whoever reads it may lose the machine at the next."""
-    import json
+def _events(arguments: argparse.Namespace) -> Events:
+    """Return what --stream writes to, the same one throughout a command."""
+    from probe.stream import Events
 
-    sys.stdout.write(json.dumps({"event": event, **what}) + "\n")
-    sys.stdout.flush()
-
-
-def _stream_intent(step: str, mask: int) -> None:
-    _stream("intent", step=step, mask=f"{mask:#018x}")
+    if not hasattr(arguments, "events"):
+        arguments.events = Events(sys.stdout.fileno())
+    found: Events = arguments.events
+    return found
 
 
 def _no_intent(step: str, mask: int) -> None:
@@ -401,7 +407,10 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
         if arguments.stream:
             import json
 
-            _stream("record", record=json.loads(raw))
+            events = _events(arguments)
+            events.send("record", record=json.loads(raw))
+            if not events.finish():
+                _say("the reader of --stream did not take every event")
         elif arguments.json or arguments.record == "-":
             sys.stdout.write(raw.decode())
         else:

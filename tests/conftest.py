@@ -50,8 +50,14 @@ def _browser() -> str:
     return ""
 
 
+def _lab() -> str:
+    from tests.live import lab_hosts
+
+    return lab_hosts.lacks()
+
+
 # What a tier needs: a function that returns why it cannot run here, or "".
-TIERS: dict[str, Callable[[], str]] = {"boot": _boot, "kvm": _kvm, "browser": _browser}
+TIERS: dict[str, Callable[[], str]] = {"boot": _boot, "kvm": _kvm, "browser": _browser, "lab": _lab}
 _missing: dict[str, str] = {}
 _counts: dict[str, dict[str, int]] = {}
 

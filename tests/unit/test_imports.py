@@ -50,6 +50,7 @@ EDGES = {
     "probe.scheduling",
     "probe.run",
     "probe.store",
+    "probe.stream",
     "probe.cpuid.live",
     "probe.cpuid.machine",
     "probe.cli",
