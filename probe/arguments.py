@@ -412,7 +412,7 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     ingest.add_argument("folder", metavar="DIR", help="what the engine left, such as that of clush --outdir")
     ingest.add_argument("--store", default="nights", metavar="DIR", help="the nights (default: nights/)")
     ingest.add_argument(
-        "--night", default="", metavar="DATE", help="of machines without a record (default: the newest)"
+        "--night", default="", metavar="DATE", help="the night of all of it (default: the date a record was started)"
     )
     history = commands.add_parser(
         "history",

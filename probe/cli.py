@@ -58,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             events.finish()
         return int(error.exit_code)
     except KeyboardInterrupt as error:
-        _say(f"spec-ctrl-probe: interrupted{f' by {error}' if error.args else ''}")
+        by = f"interrupted{f' by {error}' if error.args else ''}"
+        _say(f"spec-ctrl-probe: {by}")
+        if getattr(arguments, "stream", False):
+            events = _events(arguments)
+            events.send("error", exit_code=int(ExitCode.INTERRUPTED), message=by)
+            events.finish()
         return int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         raise
@@ -410,7 +415,7 @@ def _deliver(record: rec.Record, arguments: argparse.Namespace) -> int:
             events = _events(arguments)
             events.send("record", record=json.loads(raw))
             if not events.finish():
-                _say("the reader of --stream did not take every event")
+                failed = failed or ProbeError("the reader of --stream hangs: it has not taken the record", told)
         elif arguments.json or arguments.record == "-":
             sys.stdout.write(raw.decode())
         else:

@@ -140,6 +140,14 @@ def _of_group(row: Row, cpus: str, seen: rec.ObservationEntry | None, verdict: r
     )
 
 
+def check(rows: list[Row]) -> None:
+    """Raise RecordError for numbers that no column holds."""
+    for row in rows:
+        for name in ("family", "model", "stepping"):
+            if not 0 <= getattr(row, name) < 1 << 31:
+                raise RecordError(f"{name} {getattr(row, name)} is no CPU's", "the record is not of this tool")
+
+
 def lost_row(host: str, night: str, step: str) -> Row:
     """Return the row of a machine of which no record came: step is what it was about to do, or why it never began."""
     empty: dict[str, object] = {field.name: 0 if field.type == "int" else "" for field in fields(Row)}
@@ -185,17 +193,21 @@ def read(raw: bytes) -> Arrived:
             continue
         try:
             event = json.loads(line)
-        except (ValueError, RecursionError):
-            bad.append(Bad(number, "no JSON", line.decode(errors="backslashreplace")))
+            name = event.get("event", event.get("ev")) if isinstance(event, dict) else ""
+            if name == "record" and isinstance(event.get("record"), dict):
+                records.append(msgspec.json.format(msgspec.json.encode(event["record"]), indent=2) + b"\n")
+                step = ended = ""
+                continue
+        except (ValueError, RecursionError) as error:  # of Unicode, too
+            why = "no JSON" if isinstance(error, json.JSONDecodeError) else f"no JSON of use: {error}"
+            bad.append(Bad(number, why[:200], line.decode(errors="backslashreplace")))
             continue
-        name = event.get("event", event.get("ev")) if isinstance(event, dict) else None
-        if name == "record" and isinstance(event.get("record"), dict):
-            records.append(msgspec.json.format(msgspec.json.encode(event["record"]), indent=2) + b"\n")
-            step = ended = ""
-        elif name == "intent" and isinstance(event.get("step"), str):
-            step = event["step"][:100]
+        if not isinstance(name, str):
+            name = ""
+        if name == "intent" and isinstance(event.get("step"), str):
+            step = _plain(event["step"][:100])
         elif name == "error" and isinstance(event.get("message"), str):
-            ended = event["message"][:500]
+            ended = _plain(event["message"][:500])
         elif isinstance(event, dict) and isinstance(event.get("schema_version"), str):
             records.append(line + b"\n")
         elif name == "restored":
@@ -206,6 +218,11 @@ def read(raw: bytes) -> Arrived:
 
 
 _EVENTS = {"start", "saved", "rebased"}  # besides those that read() looks at
+
+
+def _plain(text: str) -> str:
+    """Return a text without what no terminal, and no Parquet, should get."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def decode(raw: bytes, name: str) -> AnyRecord:

@@ -15,21 +15,21 @@ import time
 class Events:
     """One line an event, at once: whoever reads it may lose the machine at the next.
 
-    A reader that takes nothing for patience seconds is not waited for any more, but at the end (finish), where it has
-    as long again; one that is gone is forgotten. Source of the case: an ssh session whose link was cut takes no byte
-    until TCP gives up, which is a quarter of an hour (tcp(7), tcp_retries2).
+    A reader that takes nothing for patience seconds is not waited for any more, but at the end (finish), when nothing
+    is at stake: farewell seconds; one that is gone is forgotten. Source of the case: an ssh session whose link was cut
+    takes no byte until TCP gives up, which is a quarter of an hour (tcp(7), tcp_retries2).
     """
 
-    def __init__(self, fd: int, patience: float = 5.0) -> None:
-        self._patience = patience
+    def __init__(self, fd: int, patience: float = 5.0, farewell: float = 120.0) -> None:
+        self._patience, self._farewell = patience, farewell
         self._pending = bytearray()
         self._late = self._gone = False
         self._fd = fd
         self._socket: socket.socket | None = None
-        self._wait = True  # a file or a terminal takes all there is
+        self._wait = True  # a file takes all there is
         mode = os.fstat(fd).st_mode
         with contextlib.suppress(OSError):
-            if stat.S_ISFIFO(mode):  # its own file description: other writers' flags stay as they are
+            if stat.S_ISFIFO(mode) or os.isatty(fd):  # its own file description: other writers' flags stay as they are
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 self._wait = False
             elif stat.S_ISSOCK(mode):
@@ -43,8 +43,10 @@ class Events:
             self._late = not self._flush(0 if self._late else self._patience)
 
     def finish(self) -> bool:
-        """Hand over what is left; return False if the reader did not take all."""
-        return self._flush(self._patience) and not self._gone
+        """Hand over what is left; return False if the reader hangs: then nothing more is said to it."""
+        done = self._flush(self._farewell)
+        self._gone = self._gone or not done
+        return done
 
     def close(self) -> None:
         """Close this object's own descriptors; the one that was given stays open."""

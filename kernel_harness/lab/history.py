@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,53 @@ from probe.errors import RecordError, UsageError
 
 
 def _machines(source: str = "runs") -> str:
-    """Return CTEs that give a machine as one row a night: masks of all its CPUs; of several runs the newest counts."""
+    """Return CTEs that give a machine as one row a night: masks of all its CPUs; of several runs the newest counts.
+
+    A bit is retained if every CPU that measured it keeps it; unmeasured if none did.
+    """
     return f"""
 newest AS (SELECT night, host, kind, max(started) AS started FROM {source} WHERE kind IN ('run', 'kvm') GROUP BY ALL),
+gone AS (SELECT night, host, 'run' AS kind, max(lost) AS lost FROM {source} WHERE lost <> '' GROUP BY night, host),
 machine AS (
-  SELECT r.night, r.host, r.kind, bit_and(r.accepts) AS accepts, bit_and(r.retained) AS retained,
-         bit_or(r.faults) AS faults, bit_or(r.unmeasured) AS unmeasured, bit_or(r.wrong) AS wrong,
+  SELECT r.night, r.host, r.kind, bit_and(r.retained | r.unmeasured) & ~bit_and(r.unmeasured) AS retained,
+         bit_or(r.faults) AS faults, bit_and(r.unmeasured) AS unmeasured, bit_or(r.wrong) AS wrong,
          min(r.status) AS status, min(r.microcode) AS microcode, min(r.bios) AS bios, min(r.kernel) AS kernel,
-         min(r.explained) AS explained, max(r.lost) AS lost, any_value(r.vendor) AS vendor,
-         any_value(r.family) AS family, any_value(r.model) AS model, any_value(r.stepping) AS stepping
+         min(r.explained) AS explained, coalesce(any_value(g.lost), '') AS lost, any_value(r.findings) AS findings,
+         any_value(r.vendor) AS vendor, any_value(r.family) AS family, any_value(r.model) AS model,
+         any_value(r.stepping) AS stepping
   FROM {source} r JOIN newest n ON r.night = n.night AND r.host = n.host AND r.kind = n.kind AND r.started = n.started
+  LEFT JOIN gone g ON r.night = g.night AND r.host = g.host AND r.kind = g.kind
   GROUP BY r.night, r.host, r.kind)"""
+
+
+def _moved(column: str) -> str:
+    """Return SQL that says how a text of machine b is not that of a; nothing of a machine that was lost."""
+    return (
+        f"CASE WHEN a.{column} <> b.{column} AND a.started_well AND b.started_well "
+        f"THEN a.{column} || ' -> ' || b.{column} ELSE '' END AS {column}"
+    )
 
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "changes": (
-        "what is not as it was between two nights, on machines that both have",
+        "what is not as it was between two nights, on machines that both have; bits that both measured",
         "WITH"
         + _machines()
-        + """
-SELECT a.host, a.kind, printf('0x%x', xor(a.retained, b.retained)) AS retained_differs,
-       printf('0x%x', xor(a.faults, b.faults)) AS faults_differ, a.status || ' -> ' || b.status AS status,
-       CASE WHEN a.explained <> b.explained THEN a.explained || ' -> ' || b.explained ELSE '' END AS explained,
-       CASE WHEN a.microcode <> b.microcode THEN a.microcode || ' -> ' || b.microcode ELSE '' END AS microcode,
-       CASE WHEN a.kernel <> b.kernel THEN a.kernel || ' -> ' || b.kernel ELSE '' END AS kernel,
-       CASE WHEN a.bios <> b.bios THEN a.bios || ' -> ' || b.bios ELSE '' END AS bios,
-       b.lost AS lost
-FROM machine a JOIN machine b USING (host, kind)
+        + f""",
+known AS (SELECT *, microcode || kernel || vendor <> '' AS started_well FROM machine)
+SELECT a.host, a.kind,
+       printf('0x%x', xor(a.retained, b.retained) & ~(a.unmeasured | b.unmeasured)) AS retained_differs,
+       printf('0x%x', xor(a.faults, b.faults) & ~(a.unmeasured | b.unmeasured)) AS faults_differ,
+       CASE WHEN a.status <> b.status THEN a.status || ' -> ' || b.status ELSE '' END AS status,
+       {_moved("explained")}, {_moved("microcode")}, {_moved("kernel")}, {_moved("bios")},
+       CASE WHEN a.lost <> '' AND b.lost = '' THEN 'is back' ELSE b.lost END AS lost
+FROM known a JOIN known b USING (host, kind)
 WHERE a.night = $before AND b.night = $after
-  AND (a.retained <> b.retained OR a.faults <> b.faults OR a.wrong <> b.wrong OR a.status <> b.status
-       OR a.explained <> b.explained OR a.lost <> b.lost)
+  AND (xor(a.retained, b.retained) & ~(a.unmeasured | b.unmeasured) <> 0
+       OR xor(a.faults, b.faults) & ~(a.unmeasured | b.unmeasured) <> 0
+       OR xor(a.wrong, b.wrong) & ~(a.unmeasured | b.unmeasured) <> 0
+       OR a.status <> b.status OR (a.explained <> b.explained AND a.started_well AND b.started_well)
+       OR (a.lost = '') <> (b.lost = ''))
 ORDER BY a.host, a.kind""",
     ),
     "missing": (
@@ -53,48 +71,75 @@ UNION ALL SELECT host, 'lost: ' || lost, night FROM runs WHERE night = $after AN
 ORDER BY 1""",
     ),
     "flips": (
-        "bits that a machine did otherwise than the night before, with the microcode, BIOS, kernel that came with it",
+        "bits that a machine did otherwise than before, with the microcode, BIOS, kernel that came with it",
         """
 WITH restless AS (SELECT host, kind FROM runs WHERE lost = '' GROUP BY host, kind
-                  HAVING min(retained) <> max(retained) OR min(faults) <> max(faults)),
+                  HAVING bit_or(retained) & ~bit_and(retained | unmeasured) <> 0
+                         OR bit_or(faults) & ~bit_and(faults | unmeasured) <> 0),
 moving AS (SELECT r.* FROM runs r JOIN restless USING (host, kind) WHERE lost = ''),"""
         + _machines("moving")
         + """,
 steps AS (
   SELECT *, lag(night) OVER w AS earlier, lag(retained) OVER w AS kept, lag(faults) OVER w AS refused,
+         ~(unmeasured | lag(unmeasured) OVER w) AS known,
          lag(microcode) OVER w AS old_microcode, lag(bios) OVER w AS old_bios, lag(kernel) OVER w AS old_kernel
-  FROM machine WINDOW w AS (PARTITION BY host, kind ORDER BY night)),
+  FROM machine WHERE ~unmeasured <> 0 WINDOW w AS (PARTITION BY host, kind ORDER BY night)),
 flips AS (
   SELECT *, CASE WHEN microcode <> old_microcode THEN old_microcode || ' -> ' || microcode ELSE '' END AS m,
          CASE WHEN bios <> old_bios THEN old_bios || ' -> ' || bios ELSE '' END AS b,
          CASE WHEN kernel <> old_kernel THEN old_kernel || ' -> ' || kernel ELSE '' END AS k
-  FROM steps WHERE earlier IS NOT NULL AND (kept <> retained OR refused <> faults))
+  FROM steps WHERE earlier IS NOT NULL AND (xor(kept, retained) & known <> 0 OR xor(refused, faults) & known <> 0))
 SELECT vendor, printf('%02x-%02x-%02x', family, model, stepping) AS cpu, kind,
-       printf('0x%x', retained & ~kept) AS kept_now, printf('0x%x', kept & ~retained) AS no_longer_kept,
-       printf('0x%x', faults & ~refused) AS faults_now, printf('0x%x', refused & ~faults) AS no_longer_faults,
+       printf('0x%x', retained & ~kept & known) AS kept_now, printf('0x%x', kept & ~retained & known) AS no_longer_kept,
+       printf('0x%x', faults & ~refused & known) AS faults_now,
+       printf('0x%x', refused & ~faults & known) AS no_longer_faults,
        CASE WHEN m || b || k = '' THEN 'nothing that is known' ELSE '' END AS came_with,
        m AS microcode, b AS bios, k AS kernel, count(*) AS times, count(DISTINCT host) AS machines, min(night) AS first
 FROM flips GROUP BY ALL ORDER BY machines DESC, first, cpu, kind""",
     ),
     "differ": (
-        "machines whose CPUs did not do alike, in the last night",
+        "machines whose CPUs did not do alike, in the last night; bits that more than one group measured",
         """
-SELECT host, count(*) AS groups, string_agg(cpus || ': ' || printf('0x%x', retained), '; ') AS retained
-FROM runs WHERE night = $after AND kind = 'run' AND lost = '' GROUP BY host, started HAVING count(DISTINCT retained) > 1
-ORDER BY host""",
+WITH newest AS (SELECT host, max(started) AS started FROM runs WHERE night = $after AND kind = 'run' AND lost = ''
+                GROUP BY host)
+SELECT r.host, count(*) AS groups,
+       printf('0x%x', bit_or(retained) & ~bit_and(retained | unmeasured)) AS retained_differs,
+       printf('0x%x', bit_or(faults) & ~bit_and(faults | unmeasured)) AS faults_differ,
+       string_agg(cpus || ': ' || printf('0x%x', retained), '; ' ORDER BY cpus) AS retained
+FROM runs r JOIN newest n ON r.host = n.host AND r.started = n.started
+WHERE night = $after AND kind = 'run' AND lost = '' GROUP BY r.host
+HAVING bit_or(retained) & ~bit_and(retained | unmeasured) <> 0 OR bit_or(faults) & ~bit_and(faults | unmeasured) <> 0
+ORDER BY r.host""",
     ),
     "findings": (
-        "findings that are open, and since which night without a break",
+        "findings that are open, bit by bit, and since which night without a break",
         """
-WITH open AS (SELECT DISTINCT host, kind, findings FROM runs
-              WHERE night = $after AND status IN ('fail', 'error') AND lost = ''),
-seen AS (SELECT DISTINCT r.host, r.kind, r.findings, r.night FROM runs r JOIN open o
-         ON r.host = o.host AND r.kind = o.kind AND r.findings = o.findings),
-without AS (SELECT o.host, o.kind, o.findings, max(r.night) AS night FROM open o JOIN runs r
-            ON r.host = o.host AND r.kind = o.kind AND r.findings <> o.findings AND r.night < $after GROUP BY ALL)
-SELECT s.host, s.kind, min(s.night) AS since, s.findings FROM seen s LEFT JOIN without w
-  ON w.host = s.host AND w.kind = s.kind AND w.findings = s.findings
-WHERE w.night IS NULL OR s.night > w.night GROUP BY s.host, s.kind, s.findings ORDER BY ALL""",
+WITH suspect AS (SELECT DISTINCT host, kind FROM runs WHERE night = $after AND status IN ('fail', 'error')),
+theirs AS (SELECT r.* FROM runs r JOIN suspect USING (host, kind) WHERE lost = ''),"""
+        + _machines("theirs")
+        + """,
+masks AS (SELECT host, kind, wrong AS mask FROM machine WHERE night = $after AND wrong <> 0),
+bits AS (SELECT m.*, bit, (wrong >> bit::INTEGER) & 1 AS bad, (unmeasured >> bit::INTEGER) & 1 AS unknown
+         FROM machine m JOIN masks USING (host, kind), range(64) t(bit) WHERE (mask >> bit::INTEGER) & 1 = 1),
+open AS (SELECT host, kind, bit FROM bits WHERE night = $after AND bad = 1),
+since AS (
+  SELECT o.host, o.kind, o.bit,
+         min(b.night) FILTER (bad = 1 AND b.night > coalesce(fine, '')) AS since
+  FROM open o JOIN bits b USING (host, kind, bit)
+  LEFT JOIN (SELECT host, kind, bit, max(night) AS fine FROM bits WHERE bad = 0 AND unknown = 0 GROUP BY ALL) f
+    USING (host, kind, bit)
+  GROUP BY o.host, o.kind, o.bit),
+whole AS (SELECT host, kind, findings FROM machine WHERE night = $after AND status IN ('fail', 'error') AND wrong = 0),
+without AS (SELECT w.host, w.kind, max(m.night) AS fine FROM whole w JOIN machine m USING (host, kind)
+            WHERE m.findings <> w.findings AND m.night < $after GROUP BY ALL)
+SELECT s.host, s.kind, s.since, string_agg(s.bit, ',' ORDER BY s.bit) AS bits, any_value(m.findings) AS findings
+FROM since s JOIN machine m ON m.host = s.host AND m.kind = s.kind AND m.night = $after GROUP BY s.host, s.kind, s.since
+UNION ALL
+SELECT w.host, w.kind, min(m.night), '', w.findings FROM whole w
+  JOIN machine m ON m.host = w.host AND m.kind = w.kind AND m.findings = w.findings
+  LEFT JOIN without f ON f.host = w.host AND f.kind = w.kind
+WHERE m.night > coalesce(f.fine, '') GROUP BY w.host, w.kind, w.findings
+ORDER BY ALL""",
     ),
     "machine": (
         "one machine's life: every night on which something about it is new",
@@ -149,7 +194,9 @@ def ask(store: Path, question: str, *, before: str = "", after: str = "", host: 
         if night and night not in there:
             raise RecordError(f"no night {night} in {store}", f"the oldest is {there[0]}, the newest {there[-1]}")
     wanted = [before, after] if question == "changes" else [night for night in there if night <= after]
-    files = ", ".join("'" + str(store / f"{night}.parquet").replace("'", "''") + "'" for night in wanted)
+    # a path is a pattern to DuckDB
+    paths = [re.sub(r"[*?\[]", r"[\g<0>]", str(store / f"{night}.parquet")).replace("'", "''") for night in wanted]
+    files = ", ".join(f"'{path}'" for path in paths)
     connection.execute(f"CREATE VIEW runs AS SELECT * FROM read_parquet([{files}], union_by_name = true)")
     import duckdb
 

@@ -10,10 +10,12 @@ STORE/2026-11-25.parquet                 the night's rows (probe.nights.Row), co
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     import duckdb
 
 _HOST = re.compile(r"[^A-Za-z0-9._-]+")
+_LOST, _ASIDE = "lost.ndjson", "aside.ndjson"
+_ENDING = re.compile(r"\.(json|ndjson|jsonl|log|out|txt)\Z")
+_OF_STORE = re.compile(r"(?:[0-9-]{10}/)?(?:records/)?(?P<host>[A-Za-z0-9._-]{1,100})-[0-9a-f]{16}\.json\Z")
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -71,10 +76,11 @@ class Ingested:
 
 
 def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
-    """Take in whatever an engine left below a folder; the file's, or its folder's, name is the machine's.
+    """Take in whatever an engine left below a folder; the file's, or its first folder's, name is the machine's.
 
-    night puts what has no record into that date (else the date of the newest record there). Raise RecordError for a
-    folder or store that cannot be read or written, RequirementMissing without DuckDB.
+    night is the night of all that comes; else it is the date on which a record was started, and the most frequent of
+    these for machines without one. A night of the store without a Parquet file gets one. Raise RecordError for a folder
+    or store that cannot be read or written, RequirementMissing without DuckDB.
     """
     if night:
         nights.check_night(night)
@@ -83,95 +89,146 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
     done = Ingested()
     connection = connect()
     store.mkdir(parents=True, exist_ok=True)
-    inside = store.resolve()
     with locked(store / ".lock", say):
-        waiting: list[tuple[str, str]] = []
+        done.dates |= {path.parent.name for path in store.glob("*/records") if nights.NIGHT.match(path.parent.name)}
+        done.dates = {date for date in done.dates if date == night or not (store / f"{date}.parquet").exists()}
+        waiting: list[Waiting] = []
         with_record: set[str] = set()
-        for path in sorted(folder.rglob("*")):
-            if not path.is_file() or path.name.startswith(".") or inside in path.resolve().parents:
-                continue
+        dates: Counter[str] = Counter()
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_foreign(path, store)]
+        if not files and not done.dates:
+            raise RecordError(f"no file in {folder}", "give what the engine left, such as clush --outdir")
+        for path in files:
             name = str(path.relative_to(folder))
             host = host_of(name)
             try:
                 raw, _ = read_raw(str(path))
             except RecordError as error:  # one machine's file costs no other machine's
-                done.bad.append(Aside(name, 0, error.message, ""))
-                waiting.append((host, "what it said can't be read"))
+                done.bad.append(Aside(_printable(name), 0, error.message, ""))
+                waiting.append(Waiting(host, "what it said can't be read", died=False))
                 continue
             arrived = nights.read(raw)
             for text in arrived.records:
-                taken = _keep(text, host, store, name, done)
-                if taken:
+                date = _keep(text, host, store, _printable(name), night, done)
+                if date:
                     with_record.add(host)
-            done.bad += [Aside(name, one.line, one.why, one.text) for one in arrived.bad]
+                    dates[date] += 1
+            done.bad += [Aside(_printable(name), one.line, one.why, one.text) for one in arrived.bad]
             if arrived.last_step or arrived.ended:
-                waiting.append((host, arrived.last_step or f"it refused: {arrived.ended}"))
+                said = f"it said: {arrived.ended}" if arrived.ended else ""
+                step = ", then ".join(part for part in (arrived.last_step, said) if part)
+                waiting.append(Waiting(host, step, died=True))
             elif not arrived.records:
-                waiting.append((host, "nothing that it said is known" if arrived.bad else "it said nothing"))
-        date = night or max(done.dates, default="")
+                said = "nothing that it said is known" if arrived.bad else "it said nothing"
+                waiting.append(Waiting(host, said, died=False))
+        waiting = [one for one in waiting if one.died or one.host not in with_record]
+        date = night or next((one for one, _ in dates.most_common(1)), "")
         if not date and (done.bad or waiting):
             raise RecordError("no record came, so that nobody knows which night it is", "give --night 2026-11-25")
-        _lost(waiting, with_record, store, date, done)
+        _lost(waiting, store, date, done)
         _aside(store, date, done)
         os.sync()  # once for all files; a night's partition is there only when its records are
         for one in sorted(done.dates):
-            write_rows(connection, rows(store, one, done.rows), store / f"{one}.parquet")
+            write_rows(connection, rows(store, one, done.rows, done.bad), store / f"{one}.parquet")
     return done
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A machine of which no record came, or none after the step that it announced (died)."""
+
+    host: str
+    step: str
+    died: bool
+
+
+def _is_foreign(path: Path, store: Path) -> bool:
+    """Tell whether a file is not of the store itself; of another store only records are."""
+    if path.name.startswith(".") or path.suffix == ".parquet" or path.name in (_LOST, _ASIDE):
+        return False
+    try:
+        inside = path.resolve().relative_to(store.resolve())
+    except ValueError:
+        return True
+    return not nights.NIGHT.match(inside.parts[0].removesuffix(".parquet"))
+
+
 def host_of(name: str) -> str:
-    """Return the machine's name from a file's below the folder: its first folder, or its own without its ending."""
+    """Return the machine's name from a file's below the folder: its first folder, or its own without its ending.
+
+    A file of a store is called as there. Bytes that are no text are told apart.
+    """
+    kept = _OF_STORE.match(name)
+    if kept:
+        return kept.group("host")
     first, _, rest = name.partition("/")
-    word = first if rest else first.removesuffix(".json").removesuffix(".ndjson").removesuffix(".log")
-    return _HOST.sub("-", word)[:100] or "unnamed"
+    word = first if rest else _ENDING.sub("", first)
+    return _HOST.sub("-", _printable(word))[:100] or "unnamed"
 
 
-def _keep(text: bytes, host: str, store: Path, name: str, done: Ingested) -> bool:
-    """Put one record into its night, once; a bad one is set aside."""
+def _printable(name: str) -> str:
+    return "".join(f"x{ord(char) - 0xDC00:02x}" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in name)
+
+
+def _keep(text: bytes, host: str, store: Path, name: str, night: str, done: Ingested) -> str:
+    """Put one record into its night, once, and return the night; a bad one is set aside, for which return ""."""
     try:
         record = nights.decode(text, name)
-    except RecordError as error:
-        done.bad.append(Aside(name, 0, error.message, text.decode(errors="backslashreplace")))
-        return False
-    canonical = nights.canonical(record)
-    digest = hashlib.sha256(canonical).hexdigest()
-    date = record.started[:10]
-    target = (
-        store / date / "records" / f"{_HOST.sub('-', record.identity) if record.identity else host}-{digest[:16]}.json"
-    )
+        canonical = nights.canonical(record)
+        digest = hashlib.sha256(canonical).hexdigest()
+        day = datetime.date.fromisoformat(nights.check_night(record.started[:10]))
+        if day > datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=1):
+            raise RecordError(f"its clock is ahead: started {record.started}", "set the machine's clock")
+        around = [str(day + datetime.timedelta(days=one)) for one in (0, -1, 1)]
+        file = f"{host}-{digest[:16]}.json"
+        # where an earlier ingest put it, perhaps with --night
+        date = next((one for one in (night, *around) if one and (store / one / "records" / file).exists()), "")
+        again, date = bool(date), date or night or around[0]
+        target = store / date / "records" / file
+        found = nights.rows_of(record, host, date, digest)
+        nights.check(found)
+    except (RecordError, ValueError) as error:
+        why = error.message if isinstance(error, RecordError) else str(error)
+        done.bad.append(Aside(name, 0, why, text.decode(errors="backslashreplace")))
+        return ""
     done.dates.add(date)
-    done.rows[target] = nights.rows_of(record, target.stem.rpartition("-")[0], date, digest)
-    if target.exists() and target.stat().st_size == len(canonical):  # what a power cut left empty is written again
-        done.again += 1
-        return True
+    done.rows[target] = found
     try:
+        if again and target.read_bytes() == canonical:  # what a power cut left is written again
+            done.again += 1
+            return date
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = target.with_name(f".{target.name}")
+        work = target.with_name(f".{target.name}.new")
         work.write_bytes(canonical)
         work.replace(target)
     except OSError as error:
         raise RecordError(f"cannot write {target}: {error.strerror}", "make room, and ingest it again") from error
     done.new += 1
-    return True
+    return date
 
 
-def _lost(waiting: Sequence[tuple[str, str]], seen: set[str], store: Path, date: str, done: Ingested) -> None:
-    """Note machines of which no record came."""
-    found = {host: step for host, step in waiting if host not in seen}
-    if not found:
+def _lost(waiting: Sequence[Waiting], store: Path, date: str, done: Ingested) -> None:
+    """Note machines of which no record came; only a run that was started later makes it good."""
+    if not waiting:
         return
-    path = store / date / "lost.ndjson"
-    known = {entry["host"]: entry["step"] for entry in _entries(path)}
-    known.update(found)
-    _write_lines(path, ({"host": host, "step": step} for host, step in sorted(known.items())))
-    done.lost = found
+    newest: dict[str, str] = {}
+    for row in rows(store, date, done.rows, []):
+        if row.kind == "run" and not row.lost:
+            newest[row.host] = max(newest.get(row.host, ""), row.started)
+    path = store / date / _LOST
+    known = {(entry["host"], entry["step"]): entry for entry in _entries(path)}
+    for one in waiting:
+        entry = {"host": one.host, "step": one.step, "after": newest.get(one.host, "")}
+        known.setdefault((one.host, one.step), entry)
+    _write_lines(path, [known[one] for one in sorted(known)])
+    done.lost = {one.host: one.step for one in waiting}
     done.dates.add(date)
 
 
 def _aside(store: Path, date: str, done: Ingested) -> None:
     """Keep what is set aside, beside what an earlier ingest set aside."""
     if done.bad:
-        path = store / date / "aside.ndjson"
+        path = store / date / _ASIDE
         entries = [*_entries(path), *(vars(one) for one in done.bad)]
         _write_lines(path, {json.dumps(entry): entry for entry in entries}.values())
 
@@ -186,27 +243,45 @@ def _write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_atomically("".join(json.dumps(entry) + "\n" for entry in entries).encode(), path, replace=True)
 
 
-def rows(store: Path, night: str, known: Mapping[Path, list[nights.Row]] | None = None) -> list[nights.Row]:
-    """Read a night's files, but those that are known; a machine that was lost first and gave a record later is not."""
+def rows(
+    store: Path, night: str, known: Mapping[Path, list[nights.Row]] | None = None, bad: list[Aside] | None = None
+) -> list[nights.Row]:
+    """Read a night's files, but those that are known; what cannot be read is added to bad.
+
+    A machine that was lost, and whose later run gave a record, is not lost.
+    """
     found: list[nights.Row] = []
     for path in sorted((store / night / "records").glob("*.json")):
+        if path.name.startswith("."):
+            continue
         if known is not None and path in known:
             found += known[path]
             continue
-        raw, name = read_raw(str(path))
-        record = nights.decode(raw, name)
+        try:
+            raw, name = read_raw(str(path))
+            record = nights.decode(raw, name)
+        except RecordError as error:
+            if bad is None:
+                raise
+            bad.append(Aside(str(path.relative_to(store)), 0, error.message, ""))
+            continue
         found += nights.rows_of(record, path.stem.rpartition("-")[0], night, hashlib.sha256(raw).hexdigest())
-    there = {row.host for row in found}
+    newest: dict[str, str] = {}
+    for row in found:
+        if row.kind == "run":
+            newest[row.host] = max(newest.get(row.host, ""), row.started)
     lost = [
         nights.lost_row(entry["host"], night, entry["step"])
-        for entry in _entries(store / night / "lost.ndjson")
-        if entry["host"] not in there
+        for entry in _entries(store / night / _LOST)
+        if newest.get(entry["host"], "") <= entry["after"]
     ]
     return found + lost
 
 
 def write_rows(connection: duckdb.DuckDBPyConnection, found: Sequence[nights.Row], target: Path) -> None:
     """Write rows as one Parquet file; the names of its columns and their types are those of probe.nights."""
+    import duckdb
+
     columns = ", ".join(f"{name} {kind}" for name, kind in nights.COLUMNS.items())
     work = target.with_name(f".{target.name}.{os.getpid()}")
     names = ", ".join(f"'{name}': '{kind}'" for name, kind in nights.COLUMNS.items())
@@ -223,8 +298,9 @@ def write_rows(connection: duckdb.DuckDBPyConnection, found: Sequence[nights.Row
             )
         connection.execute(f"COPY night TO '{_quoted(work)}' (FORMAT parquet, COMPRESSION zstd)")
         work.replace(target)
-    except OSError as error:
-        raise RecordError(f"cannot write {target}: {error.strerror}", "make room, and ingest it again") from error
+    except (OSError, duckdb.Error) as error:
+        why = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise RecordError(f"cannot write {target}: {why}", "make room, and ingest it again") from error
     finally:
         for leftover in (work, lines):
             leftover.unlink(missing_ok=True)

@@ -101,6 +101,9 @@ def night(hosts: Lab) -> tuple[Lab, nights.Ingested]:
     hosts.inside("lab11", "pkill", "-KILL", "-o", "-f", "^python3 .* run --in metal")
     running.wait(60)
     assert running.returncode != 0, "clush -S tells that hosts failed"
+    said = (hosts.folder / "said").read_text()
+    assert "clush: lab12: exited with exit code 4" in said, "the agent's own exit code"
+    assert "clush: lab1: exited with exit code 1" in said, "findings: the register is a file"
     return hosts, nights.ingest(out, hosts.folder / "nights", print)
 
 

@@ -88,7 +88,7 @@ def test_records_streams_and_journals_of_any_engine(lab: Path) -> None:
     assert done.lost == {
         "died": "bit 37",
         "journal": "bit 3",
-        "refused": "it refused: not root",
+        "refused": "it said: not root",
         "silent": "it said nothing",
         "garbage": "nothing that it said is known",
     }
@@ -177,6 +177,102 @@ def test_rows_are_the_records(name: str) -> None:
     assert {row.status for row in rows} <= {"pass", "fail", "skip", "error"}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event": ["x"]}',
+        b'{"event": {"x": 1}}',
+        b'{"event": "record", "record": {"x": "\\ud800"}}',
+        b'{"event": "intent", "step": "bit \\ud800 \\u0000 \\u001b"}',
+        b'{"event": "error", "message": "\\ud800"}',
+        b"[" * 5000,
+        b"NaN",
+        b"\x00\xff",
+    ],
+)
+def test_no_line_of_one_machine_costs_another(line: bytes, lab: Path) -> None:
+    done = taken(lab, good=rec.encode(run()), bad=line + b"\n")
+    assert done.new == 1
+    assert set(done.lost) == {"bad"}
+    assert taken(lab, good=rec.encode(run(hour=3))).new == 1, "nor the night"
+    assert {row["host"] for row in asked(lab, "missing")} == {"bad"}
+
+
+def test_numbers_that_no_column_holds_are_set_aside(lab: Path) -> None:
+    done = taken(lab, good=rec.encode(run()), bad=rec.encode(run(family=1 << 40)))
+    assert (done.new, [one.file for one in done.bad]) == (1, ["bad"])
+    ahead = taken(lab, good=rec.encode(run()), ahead=rec.encode(run("2099-01-01")))
+    assert "its clock is ahead" in ahead.bad[0].why
+    assert ahead.dates == {"2026-11-25"}
+
+
+def test_a_machine_is_lost_until_a_later_run_gives_a_record(lab: Path) -> None:
+    good = rec.encode(run())
+    taken(lab, good=good, one=rec.encode(run(hour=1)))
+    taken(lab, good=good, one=stream({"event": "start"}, INTENT))
+    lost = [{"host": "one", "what": "lost: bit 37", "last_night": "2026-11-25"}]
+    assert asked(lab, "missing") == lost, "it had a record, and died after it"
+    taken(lab, one=rec.encode(run(hour=1)))
+    assert asked(lab, "missing") == lost, "an old record is no sign of life"
+    taken(lab, one=rec.encode(run(hour=2)))
+    assert asked(lab, "missing") == []
+
+
+def test_a_record_before_a_step_does_not_hide_it(lab: Path) -> None:
+    done = taken(lab, one=stream({"event": "start"}, record=run()) + stream({"event": "start"}, INTENT))
+    assert (done.new, done.lost) == (1, {"one": "bit 37"})
+
+
+def test_what_an_agent_said_at_a_step_is_kept(lab: Path) -> None:
+    failed = {"event": "error", "exit_code": 5, "message": "CPU 3: register 0x48 could not be put back"}
+    done = taken(lab, good=rec.encode(run()), one=stream(INTENT, failed))
+    assert done.lost == {"one": "bit 37, then it said: CPU 3: register 0x48 could not be put back"}
+
+
+def test_what_a_power_cut_left_is_mended(lab: Path) -> None:
+    raw = rec.encode(run())
+    taken(lab, one=raw)
+    folder = lab / "store/2026-11-25/records"
+    (kept,) = folder.iterdir()
+    (folder / f".{kept.name}.new").write_bytes(b"")
+    (folder / ".x-0123456789abcdef.json").write_bytes(b"")
+    kept.write_bytes(b"\0" * len(raw))
+    (folder / "two-0123456789abcdef.json").write_bytes(b"{")
+    done = taken(lab, one=raw)
+    assert (done.new, kept.read_bytes()) == (1, raw)
+    assert [one.file for one in done.bad] == ["2026-11-25/records/two-0123456789abcdef.json"]
+    assert asked(lab, "sql", sql="SELECT DISTINCT host FROM runs") == [{"host": "one"}]
+
+
+def test_parquet_is_made_again_from_the_records(lab: Path) -> None:
+    taken(lab, one=rec.encode(run()), two=stream(INTENT))
+    for path in (lab / "out").iterdir():
+        path.unlink()
+    (lab / "store" / "2026-11-25.parquet").unlink()
+    done = store_.ingest(lab / "out", lab / "store", lambda text: None)
+    assert done.dates == {"2026-11-25"}
+    assert {row["host"] for row in asked(lab, "sql", sql="SELECT host FROM runs")} == {"one", "two"}
+    with pytest.raises(RecordError, match="no file in"):
+        store_.ingest(lab / "out", lab / "store", lambda text: None)
+
+
+def test_a_folder_below_the_store_and_another_store_are_taken_in(lab: Path) -> None:
+    (lab / "store" / "out").mkdir(parents=True)
+    (lab / "store" / "out" / "one").write_bytes(rec.encode(run()))
+    assert store_.ingest(lab / "store" / "out", lab / "store", lambda text: None).new == 1
+    (lab / "store" / "out" / "one").unlink()
+    assert store_.ingest(lab / "store", lab / "other", lambda text: None).new == 1
+    assert [row.host for row in store_.rows(lab / "other", "2026-11-25")] == ["one"]
+
+
+def test_a_night_of_its_own_name_takes_all_and_counts_nothing_twice(lab: Path) -> None:
+    (lab / "out" / "one").write_bytes(rec.encode(run("2026-11-24", 23)))
+    (lab / "out" / "two").write_bytes(rec.encode(run("2026-11-25", 0)))
+    assert store_.ingest(lab / "out", lab / "store", lambda text: None, "2026-11-25").dates == {"2026-11-25"}
+    again = store_.ingest(lab / "out", lab / "store", lambda text: None)
+    assert (again.new, again.again, again.dates) == (0, 2, {"2026-11-25"})
+
+
 # --- what can be asked -----------------------------------------------------------------------------------------------
 
 
@@ -236,6 +332,61 @@ def test_machines_whose_cpus_differ(lab: Path) -> None:
     taken(lab, odd=rec.encode(record), even=rec.encode(run()))
     (one,) = asked(lab, "differ")
     assert (one["host"], one["groups"]) == ("odd", 2)
+
+
+def measured(record: rec.Record, mask: int) -> rec.Record:
+    """The same run, of which only these bits were tried."""
+    for entry in record.observations:
+        for name in ("retained", "dropped", "altered", "fault", "unstable"):
+            setattr(entry.outcomes, name, hex64(int(getattr(entry.outcomes, name), 16) & mask))
+        entry.outcomes.absent = hex64(ALL_BITS & ~mask)
+    return record
+
+
+def test_a_bit_that_was_not_measured_has_not_changed(lab: Path) -> None:
+    taken(lab, one=rec.encode(run("2026-11-23")))
+    taken(lab, one=rec.encode(measured(run("2026-11-24"), 0x3)))
+    assert [row["retained_differs"] for row in asked(lab, "changes")] == []
+    assert asked(lab, "flips") == []
+    taken(lab, one=rec.encode(measured(without(run("2026-11-25"), 0x2), 0x3)))
+    (flip,) = asked(lab, "flips")
+    assert (flip["no_longer_kept"], flip["faults_now"], flip["kept_now"]) == ("0x2", "0x2", "0x0")
+
+
+def test_a_machine_that_merely_died_changed_no_bit(lab: Path) -> None:
+    taken(lab, one=rec.encode(run("2026-11-24")), two=rec.encode(run("2026-11-24")))
+    taken(lab, one=stream({"event": "start"}, INTENT), two=rec.encode(run("2026-11-25")))
+    (change,) = asked(lab, "changes")
+    assert (change["host"], change["lost"], change["retained_differs"]) == ("one", "bit 37", "0x0")
+    assert change["microcode"] == change["kernel"] == change["bios"] == ""
+    assert asked(lab, "flips") == []
+
+
+def test_findings_are_bits_and_each_has_its_age(lab: Path) -> None:
+    def wrong(night: str, mask: int, hour: int = 2) -> bytes:
+        record = run(night, hour)
+        for verdict in record.verdicts:
+            if verdict.model == record.judge:
+                verdict.unexpected_fault = hex64(mask)
+                verdict.as_predicted = hex64(int(verdict.as_predicted, 16) & ~mask)
+        return rec.encode(without(record, mask))
+
+    for day, mask in enumerate((0x2, 0x2, 0x2, 0x4), 21):
+        taken(lab, one=wrong(f"2026-11-{day}", mask), two=wrong(f"2026-11-{day}", 0x2 | (0x4 if day == 24 else 0)))
+    found = {(row["host"], row["bits"]): row["since"] for row in asked(lab, "findings")}
+    assert found == {("one", "2"): "2026-11-24", ("two", "1"): "2026-11-21", ("two", "2"): "2026-11-24"}
+    taken(lab, one=rec.encode(run("2026-11-24", 5)), two=rec.encode(run("2026-11-24", 5)))
+    assert asked(lab, "findings") == [], "mended the same night"
+
+
+def test_the_path_of_a_store_is_no_pattern(tmp_path: Path) -> None:
+    for name in ("s*x", "s?x", "s[1]x", "s'x"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "one").write_bytes(rec.encode(run()))
+        store_.ingest(tmp_path / "out", tmp_path / name, lambda text: None)
+    for name in ("s*x", "s?x", "s[1]x", "s'x"):
+        answer = history.ask(tmp_path / name, "sql", sql="SELECT count(*) FROM runs")
+        assert answer.rows == ((1,),)
 
 
 def test_findings_and_since_when_without_a_break(lab: Path) -> None:

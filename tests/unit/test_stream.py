@@ -47,7 +47,7 @@ def test_a_reader_has_each_event_when_it_is_sent(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 def test_a_reader_that_hangs_costs_its_patience_once(kind: str) -> None:
     reader, writer = ends(kind)
-    events = Events(writer, patience=0.2)
+    events = Events(writer, patience=0.2, farewell=0.2)
     begin = time.monotonic()
     for number in range(20):
         events.send("intent", step="x" * 100_000, number=number)
@@ -61,7 +61,7 @@ def test_a_reader_that_hangs_costs_its_patience_once(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 def test_a_reader_that_is_late_has_all(kind: str) -> None:
     reader, writer = ends(kind)
-    events = Events(writer, patience=0.2)
+    events = Events(writer, patience=0.2, farewell=0.2)
     for number in range(5):
         events.send("intent", step="x" * 100_000, number=number)
     found: list[list[dict[str, object]]] = []
@@ -82,7 +82,7 @@ def test_a_reader_that_is_gone_is_forgotten(kind: str) -> None:
     os.close(reader)
     events.send("intent", step="bit 1")
     events.send("intent", step="bit 2")
-    assert not events.finish()
+    assert events.finish()
     events.close()
     os.close(writer)
 
@@ -107,3 +107,17 @@ def test_the_flags_of_others_stay_as_they_are() -> None:
     assert os.get_blocking(writer)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_terminal_that_hangs_holds_up_nothing() -> None:
+    controller, terminal = os.openpty()
+    events = Events(terminal, patience=0.2, farewell=0.2)
+    begin = time.monotonic()
+    for number in range(2000):
+        events.send("intent", step="x" * 100, number=number)
+    assert not events.finish()
+    assert time.monotonic() - begin < 3
+    events.send("error", message="nothing more is said")
+    events.close()
+    os.close(controller)
+    os.close(terminal)
