@@ -34,9 +34,10 @@ def pythons() -> dict[str, str]:
         pyenv = sorted(
             Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
         )
-        path = shutil.which(f"python{version}") or (str(pyenv[0]) if pyenv else "")
-        if path and subprocess.run([path, "-c", ""], check=False).returncode == 0:
-            found[version] = path
+        for path in (shutil.which(f"python{version}"), *map(str, pyenv)):  # what PATH has may be a stub that fails
+            if path and subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode == 0:
+                found[version] = path
+                break
     return found
 
 
