@@ -70,7 +70,11 @@ def values(row: Row) -> tuple[object, ...]:
 
 
 def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
-    """Turn a record into rows; sha256 is that of its canonical text, in hexadecimal."""
+    """Turn a record into rows; sha256 is that of its canonical text, in hexadecimal.
+
+    Of KVM: accepts and faults are what KVM_SET_MSRS takes and refuses, retained is what a guest that is let through
+    reads back.
+    """
     machine = record.machine
     report = report_of(record)
     told = [
@@ -105,6 +109,7 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
     if isinstance(record, kvm_record.KvmRecord):
         hardware = record.hardware
         tested = parse_hex64(hardware.tested)
+        let_through = parse_hex64(hardware.valid) != 0  # else nobody looked at what a bit that KVM takes does
         explained = ", ".join(record.explained_by)
         return [
             replace(
@@ -112,7 +117,7 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
                 accepts=tested,
                 retained=parse_hex64(hardware.keep),
                 faults=ALL_BITS & ~tested,
-                unmeasured=0,
+                unmeasured=0 if let_through else tested,
                 explained=explained,
             )
         ]

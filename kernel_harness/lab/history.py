@@ -10,6 +10,7 @@ from typing import Any
 
 from kernel_harness.lab.nights import connect, nights_of
 from probe.errors import RecordError, UsageError
+from probe.masks import format_list
 
 
 def _machines(source: str = "runs") -> str:
@@ -132,10 +133,10 @@ since AS (
 whole AS (SELECT host, kind, findings FROM machine WHERE night = $after AND status IN ('fail', 'error') AND wrong = 0),
 without AS (SELECT w.host, w.kind, max(m.night) AS fine FROM whole w JOIN machine m USING (host, kind)
             WHERE m.findings <> w.findings AND m.night < $after GROUP BY ALL)
-SELECT s.host, s.kind, s.since, string_agg(s.bit, ',' ORDER BY s.bit) AS bits, any_value(m.findings) AS findings
+SELECT s.host, s.kind, s.since, list(s.bit ORDER BY s.bit) AS bits, any_value(m.findings) AS findings
 FROM since s JOIN machine m ON m.host = s.host AND m.kind = s.kind AND m.night = $after GROUP BY s.host, s.kind, s.since
 UNION ALL
-SELECT w.host, w.kind, min(m.night), '', w.findings FROM whole w
+SELECT w.host, w.kind, min(m.night), [], w.findings FROM whole w
   JOIN machine m ON m.host = w.host AND m.kind = w.kind AND m.findings = w.findings
   LEFT JOIN without f ON f.host = w.host AND f.kind = w.kind
 WHERE m.night > coalesce(f.fine, '') GROUP BY w.host, w.kind, w.findings
@@ -213,4 +214,8 @@ def ask(store: Path, question: str, *, before: str = "", after: str = "", host: 
         raise UsageError(f"DuckDB: {str(error).splitlines()[0]}", "the view runs has the columns of README") from error
     columns = tuple(column[0] for column in found.description or ())
     nothing = NOTHING[question].format(before=before, after=after, first=there[0], host=host)
-    return Answer(columns, tuple(tuple(row) for row in found.fetchall()), nothing)
+    rows = found.fetchall()
+    if question == "findings":  # as bits are written everywhere: 0-6,8
+        at = columns.index("bits")
+        rows = [(*row[:at], format_list(row[at]), *row[at + 1 :]) for row in rows]
+    return Answer(columns, tuple(tuple(row) for row in rows), nothing)

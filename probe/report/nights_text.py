@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,14 @@ def ingested(
     )
     for host, step in sorted(lost.items()):
         lines += paragraph(f"lost {host}: {step}", "  ", "      ")
-    for name, line, why in bad:
-        lines += paragraph(f"aside {name}{f':{line}' if line else ''}: {why}", "  ", "      ")
+    first: dict[tuple[str, str], int] = {}
+    more: Counter[tuple[str, str]] = Counter()
+    for name, line, why in bad:  # a file that is none of ours has a line here, not one for each of its own
+        first.setdefault((name, why), line)
+        more[name, why] += 1
+    for (name, why), line in first.items():
+        others = f" and {more[name, why] - 1:,} more" if more[name, why] > 1 else ""
+        lines += paragraph(f"aside {name}{f':{line}' if line else ''}{others}: {why}", "  ", "      ")
     return joined(lines)
 
 

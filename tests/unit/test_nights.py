@@ -11,7 +11,7 @@ import pytest
 
 from kernel_harness.lab import history
 from kernel_harness.lab import nights as store_
-from probe import nights
+from probe import kvm_record, nights
 from probe import record as rec
 from probe.cli import main
 from probe.errors import RecordError, UsageError
@@ -273,6 +273,24 @@ def test_a_night_of_its_own_name_takes_all_and_counts_nothing_twice(lab: Path) -
     assert (again.new, again.again, again.dates) == (0, 2, {"2026-11-25"})
 
 
+def test_what_no_guest_of_a_kvm_was_let_through_to_see_is_unmeasured() -> None:
+    record = kvm_record.decode(KVM.read_bytes(), "it")
+    (row,) = nights.rows_of(record, "h", "2026-11-25", "0" * 64)
+    assert (row.accepts, row.faults, row.unmeasured) == (ALL_BITS, 0, 0)
+    record.hardware.valid = hex64(0)
+    record.hardware.tested = hex64(0x7)
+    (row,) = nights.rows_of(record, "h", "2026-11-25", "0" * 64)
+    assert (row.accepts, row.retained, row.unmeasured) == (0x7, 0, 0x7)
+
+
+def test_a_file_that_is_none_of_ours_is_told_once(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (lab / "out" / "good").write_bytes(rec.encode(run()))
+    (lab / "out" / "README.md").write_text("a\nb\nc\n")
+    assert main(["ingest", str(lab / "out"), "--store", str(lab / "store")]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if "aside README" in line]
+    assert told == ["  aside README.md:1 and 2 more: no JSON"]
+
+
 # --- what can be asked -----------------------------------------------------------------------------------------------
 
 
@@ -375,6 +393,9 @@ def test_findings_are_bits_and_each_has_its_age(lab: Path) -> None:
         taken(lab, one=wrong(f"2026-11-{day}", mask), two=wrong(f"2026-11-{day}", 0x2 | (0x4 if day == 24 else 0)))
     found = {(row["host"], row["bits"]): row["since"] for row in asked(lab, "findings")}
     assert found == {("one", "2"): "2026-11-24", ("two", "1"): "2026-11-21", ("two", "2"): "2026-11-24"}
+    taken(lab, three=wrong("2026-11-24", 0x7F))
+    assert [row["bits"] for row in asked(lab, "findings") if row["host"] == "three"] == ["0-6"]
+    taken(lab, three=rec.encode(run("2026-11-24", 5)))
     taken(lab, one=rec.encode(run("2026-11-24", 5)), two=rec.encode(run("2026-11-24", 5)))
     assert asked(lab, "findings") == [], "mended the same night"
 
