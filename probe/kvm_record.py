@@ -52,6 +52,14 @@ class HardwareEntry(Entry):
     pred_cmd: Mask = hex64(0)
     loaded: bool = True
 
+    @property
+    def let_through(self) -> bool:
+        """Tell whether a guest met the register itself: then at least the bit that opened it was taken.
+
+        Else valid and keep say nothing: nobody looked.
+        """
+        return parse_hex64(self.valid) != 0
+
 
 class RowEntry(Entry):
     """What some profiles gave, all alike: for each cell the mask of the bits that answered so."""

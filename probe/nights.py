@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import msgspec
 
@@ -64,11 +64,6 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def values(row: Row) -> tuple[object, ...]:
-    """Return a row's values in the order of COLUMNS."""
-    return astuple(row)
-
-
 def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
     """Turn a record into rows; sha256 is that of its canonical text, in hexadecimal.
 
@@ -109,7 +104,6 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
     if isinstance(record, kvm_record.KvmRecord):
         hardware = record.hardware
         tested = parse_hex64(hardware.tested)
-        let_through = parse_hex64(hardware.valid) != 0  # else nobody looked at what a bit that KVM takes does
         explained = ", ".join(record.explained_by)
         return [
             replace(
@@ -117,7 +111,7 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
                 accepts=tested,
                 retained=parse_hex64(hardware.keep),
                 faults=ALL_BITS & ~tested,
-                unmeasured=0 if let_through else tested,
+                unmeasured=0 if hardware.let_through else tested,
                 explained=explained,
             )
         ]

@@ -216,12 +216,18 @@ _SAVES = ("does not save it", "saves it")
 def _hardware_moved(before: kvm_record.KvmRecord, after: kvm_record.KvmRecord) -> list[Moved]:
     one, other = before.hardware, after.hardware
     moved = []
+    both = one.let_through and other.let_through
+    if one.let_through != other.let_through:
+        met = ("none, so that nobody saw what it meets", "there was one")
+        moved.append(Moved("a guest let through", met[one.let_through], met[other.let_through]))
     for name, what, no, yes in (
         ("tested", "KVM's own test of a value", "refused", "accepted"),
         ("valid", "WRMSR of a guest let through", "#GP", "accepted"),
         ("keep", "the register", "not kept", "kept"),
         ("pred_cmd", "IA32_PRED_CMD of a guest let through", "#GP", "accepted"),
     ):
+        if name in ("valid", "keep") and not both:
+            continue
         mine, theirs = parse_hex64(getattr(one, name)), parse_hex64(getattr(other, name))
         if theirs & ~mine:
             moved.append(Moved(what, no, yes, theirs & ~mine))

@@ -108,6 +108,8 @@ def _masks(report: Report, suites: Sequence[Suite]) -> dict[str, Any]:
             )
     elif isinstance(report.record, kvm_record.KvmRecord):
         hardware = report.record.hardware
-        found |= {"tested": hardware.tested, "valid": hardware.valid, "keep": hardware.keep}
+        found["tested"] = hardware.tested
+        if hardware.let_through:  # else nobody looked
+            found |= {"valid": hardware.valid, "keep": hardware.keep}
         found["explained_by"] = list(report.record.explained_by)
     return found

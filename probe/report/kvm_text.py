@@ -97,7 +97,7 @@ def _machine(record: KvmRecord) -> list[str]:
         if guest.tested is not UNSET:
             lines += field("", f"KVM's own test of a value was made to accept {guest.tested} (spec_ctrl_model)")
     lines += field("register", f"KVM_SET_MSRS takes   {hardware.tested}  bits {_bits(hardware.tested)}")
-    if _let_through(record):
+    if record.hardware.let_through:
         lines += field("", f"a guest let through  {hardware.valid}  bits {_bits(hardware.valid)}")
         lines += field("", f"and reads back       {hardware.keep}  bits {_bits(hardware.keep)}")
     else:
@@ -128,11 +128,6 @@ def _driver(record: KvmRecord) -> str:
     return f"the msr driver takes {accepts}  {alike}{silent} (CPU {record.driver.cpu})"
 
 
-def _let_through(record: KvmRecord) -> bool:
-    """Tell whether a guest met the register itself: then at least the bit that opened it was taken."""
-    return parse_hex64(record.hardware.valid) != 0
-
-
 def _switched(record: KvmRecord) -> str:
     """Say whether VM entry loads and VM exit saves the register; where KVM keeps no host write, nobody can tell."""
     fresh = next((row.cells for row in record.rows if "none" in row.profiles), {})
@@ -142,7 +137,7 @@ def _switched(record: KvmRecord) -> str:
     kept = record.policy is not UNSET and record.policy.over.startswith("kvm-")
     if not kept and (fresh.get("host_first", zero) == zero or fresh.get("host_first_kept", zero) == zero):
         return "whether VM entry loads it cannot be told: KVM keeps no host write, or none was measured (profile none)"
-    if not _let_through(record):
+    if not record.hardware.let_through:
         return "whether VM entry loads it cannot be told: no guest was let through"
     if hardware.keep == zero:
         loads = "whether VM entry loads it cannot be told (it keeps nothing)"

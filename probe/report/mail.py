@@ -115,7 +115,8 @@ def _kvm_place(record: kvm_record.KvmRecord | migration_record.MigrationRecord) 
 def _register(record: kvm_record.KvmRecord) -> list[str]:
     hardware = record.hardware
     keeps = "keeps none of them" if not parse_hex64(hardware.keep) else f"keeps bits {_bits(hardware.keep)}"
-    lines = field("register", f"takes bits {_bits(hardware.tested)}; a guest let through {keeps}")
+    through = f"a guest let through {keeps}" if hardware.let_through else "no guest was let through"
+    lines = field("register", f"takes bits {_bits(hardware.tested)}; {through}")
     if not parse_hex64(hardware.keep):
         lines += field("", "so whether VM entry loads a guest's value was not seen")
     return lines

@@ -44,11 +44,8 @@ def render(records: Sequence[MigrationRecord]) -> str:
 
 def _measured(record: MigrationRecord, *, with_kernel: bool) -> list[str]:
     hardware = record.hardware
-    register = (
-        f"KVM takes {_bits(hardware.tested)}, a guest let through keeps {_bits(hardware.keep)}"
-        if hardware.exists
-        else "no such register"
-    )
+    keeps = f"a guest let through keeps {_bits(hardware.keep)}" if hardware.let_through else "no guest was let through"
+    register = f"KVM takes {_bits(hardware.tested)}, {keeps}" if hardware.exists else "no such register"
     lines: list[str] = []
     for kernel in dict.fromkeys(departure.kernel for departure in record.departures):
         lines += [""] if lines else []

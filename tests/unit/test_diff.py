@@ -191,6 +191,16 @@ def test_models_and_hardware_that_moved() -> None:
     assert ("explained by", "kvm-6.1-svm", "no model", 0) in told
 
 
+def test_what_no_guest_was_let_through_to_see_has_not_moved() -> None:
+    one, other = kvm(), kvm()
+    one.hardware.valid = one.hardware.keep = hex64(0)
+    other.hardware.keep = hex64(0x7)
+    told = {(each.what, each.before, each.after) for each in compare(one, other).moved}
+    assert told == {("a guest let through", "none, so that nobody saw what it meets", "there was one")}
+    assert "no guest was let through" in mail.render(one, "0" * 64)
+    assert "no guest was let through" not in mail.render(other, "0" * 64)
+
+
 def test_golden_of_two_kernels(golden: Golden) -> None:
     golden("diff-kvm-6.1-to-7.2.txt", diff_text.render(compare(kvm(OLD), kvm(NEW)), *FILES))
 

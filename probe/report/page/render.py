@@ -167,7 +167,10 @@ def _facts(record: AnyRecord) -> list[tuple[str, str]]:
                 f"{record.kvm.backend or 'backend not to be seen'}, ignore_msrs={record.kvm.ignore_msrs or 'unknown'}",
             ),
             ("KVM takes", _bits(hardware.tested)),
-            ("a guest let through", f"{_bits(hardware.valid)}; keeps {_bits(hardware.keep)}"),
+            (
+                "a guest let through",
+                f"{_bits(hardware.valid)}; keeps {_bits(hardware.keep)}" if hardware.let_through else "none was",
+            ),
             ("host CPUID", hardware.host_cpuid.replace(",", ", ")),
             ("CPUID offered", hardware.supported_cpuid.replace(",", ", ")),
         ]
