@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors go to stderr as one line."""
+    arguments = argparse.Namespace()  # an interrupt may come while the arguments are read
     try:
         arguments = make_parser().parse_args(argv)
         arguments.argv = list(sys.argv[1:] if argv is None else argv)

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from jsonschema import Draft202012Validator
 
 import probe.run  # noqa: F401  # as_nobody() may not be able to read the sources any more
-from probe import __version__
+from probe import __version__, cli
 from probe import record as rec
 from probe.arguments import make_parser
 from probe.cli import exit_code, main, without_paths
@@ -730,3 +731,14 @@ def test_predict_of_a_large_dump_is_not_slower_per_cpu(tmp_path: Path, monkeypat
     path.write_text(format_raw(sapphire_rapids(512)))
     monkeypatch.chdir(ROOT)
     assert best_processor_time(["predict", str(path)], tries=2) < 3.0
+
+
+def test_an_interrupt_while_the_arguments_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_parser", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "spec-ctrl-probe: interrupted\n"
