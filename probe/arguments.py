@@ -431,9 +431,111 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     history.add_argument("--to", dest="after", default="", metavar="DATE", help="the night (default: the last)")
     history.add_argument("--output-format", choices=("table", "json", "csv"), default="table", help="default: table")
+    _add_sweep(commands)
+    _add_nightly(commands)
     schema = commands.add_parser("schema", help="print a record's JSON Schema")
     kinds = ("run", "kvm", "migration")
     schema.add_argument("kind", nargs="?", choices=kinds, default="run", help="of which record (default: run)")
+
+
+def _add_sweep(commands: argparse._SubParsersAction[_Parser]) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run the agent on every machine of an Ansible inventory, and take what it says into the store",
+        description="One Ansible task on each machine, with the agent in hand: nothing need be installed there but ssh "
+        "and Python 3.9 to 3.13. A machine that goes down under the probe is waited for and tells at which bit; one "
+        "that was never reached is told apart. Interrupted, it goes on where it was when started again. Without "
+        "--write the machines only read CPUID and predict. Exit code 3: a machine gave no record.",
+    )
+    _add_sweep_options(sweep)
+    sweep.add_argument("--retry", action="store_true", help="only the machines of which the last sweep has no record")
+    sweep.add_argument("--afresh", action="store_true", help="begin anew, even if the last sweep was interrupted")
+    sweep.add_argument("--check", action="store_true", help="say what would be done where, and touch no machine")
+
+
+def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """Add what sweep and nightly have in common."""
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "-i",
+        "--inventory",
+        action="append",
+        required=True,
+        metavar="PATH|HOSTS",
+        help="an Ansible inventory: file, folder, script, or names with a comma (lab1,); may be given again",
+    )
+    where.add_argument("--limit", default="", metavar="PATTERN", help="only these machines, as Ansible's --limit")
+    where.add_argument("--store", default="nights", metavar="DIR", help="the nights (default: nights/)")
+    where.add_argument(
+        "--night", default="", metavar="DATE", help="the night that it belongs to (default: today's date, UTC)"
+    )
+    where.add_argument("--no-become", action="store_true", help="do not become root (Ansible's become) on the machines")
+    how = parser.add_argument_group("how")
+    how.add_argument("--write", action="store_true", help="write to the registers (taints the kernels, see run)")
+    how.add_argument("--forks", type=_count, default=32, metavar="N", help="machines at a time (default 32)")
+    how.add_argument(
+        "--host-timeout", type=_seconds, default=300.0, metavar="S", help="for one machine's probe (default 300)"
+    )
+    how.add_argument(
+        "--wait", type=_seconds, default=300.0, metavar="S", help="for one that went down to be back (default 300)"
+    )
+    how.add_argument(
+        "--canary",
+        type=_percent,
+        default=0.0,
+        metavar="PERCENT",
+        help="first so many of each CPU model's machines, at least one; stop if one of them dies",
+    )
+    how.add_argument(
+        "--kernel",
+        default="",
+        metavar="RELEASE",
+        help="boot this kernel first where it does not run: by kexec, or the inventory's own command spec_ctrl_boot",
+    )
+    how.add_argument("--agent", metavar="PATH", help="the agent's file (default: made of these sources)")
+    how.add_argument("run_arguments", nargs="*", metavar="-- OPTION", help="for run, such as -- --bits 0-10")
+
+
+def _add_nightly(commands: argparse._SubParsersAction[_Parser]) -> None:
+    nightly = commands.add_parser(
+        "nightly",
+        help="a sweep every night: a systemd timer, a page, a mail of what changed",
+        description="run: one sweep; then DATE.html and DATE.txt in the store, the Prometheus file and the mail that "
+        "were asked for, and the nights that are too old go. install: a systemd service and a timer that do so.",
+    )
+    inner = nightly.add_subparsers(dest="nightly_command", metavar="COMMAND", required=True)
+    for name, text in (("run", "do a night's work now"), ("install", "have systemd do it every night")):
+        one = inner.add_parser(name, help=text, description=text)
+        _add_sweep_options(one)
+        after = one.add_argument_group("afterwards")
+        after.add_argument("--keep", type=_many, default=365, metavar="N", help="nights to keep (default 365)")
+        after.add_argument(
+            "--textfile", metavar="DIR", help="write spec_ctrl_probe_lab.prom for node_exporter's textfile collector"
+        )
+        after.add_argument(
+            "--kcidb", type=_origin, metavar="ORIGIN", help="write KCIDB JSON, one test for each machine"
+        )
+        after.add_argument("--mail", default="", metavar="ADDRESS", help="send what changed, if anything, by sendmail")
+        if name == "install":
+            place = one.add_argument_group("systemd")
+            which = place.add_mutually_exclusive_group(required=True)
+            which.add_argument(
+                "--user", action="store_true", help="into your own systemd (loginctl enable-linger keeps it)"
+            )
+            which.add_argument("--system", action="store_true", help="into the machine's systemd; needs root")
+            place.add_argument("--run-as", default="root", metavar="USER", help="whose ssh keys --system uses (root)")
+            place.add_argument("--at", default="02:00", metavar="TIME", help="an OnCalendar of systemd (default 02:00)")
+            place.add_argument("--dry-run", action="store_true", help="print both units, write nothing")
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text[:-1] if text.endswith("%") else text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 5%")
+    return value / 100
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

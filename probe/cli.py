@@ -139,6 +139,11 @@ def _show_report(text: str) -> None:
     sys.stdout.write(text)
 
 
+def _write(text: str) -> None:
+    """Write what programs read."""
+    sys.stdout.write(text)
+
+
 def _try_to_print(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
@@ -164,6 +169,19 @@ class _Progress:
             sys.stderr.flush()
         except OSError:
             self._on = False
+
+
+class _Line:
+    """One line on a terminal's stderr that is overwritten; "" removes it; silent anywhere else."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._on:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+                sys.stderr.flush()
 
 
 class _Waiting:
@@ -1077,44 +1095,16 @@ def _agent_build(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED)
 
 
-def _ingest(arguments: argparse.Namespace) -> int:
-    from kernel_harness.lab.nights import ingest
-    from probe.report import nights_text
+def _lab(name: str) -> Callable[[argparse.Namespace], int]:
+    """Return the handler of one of the lab's sub-commands; they have no voice of their own."""
 
-    done = ingest(Path(arguments.folder), Path(arguments.store), _say, arguments.night)
-    bad = [(one.file, one.line, one.why) for one in done.bad]
-    _show_report(nights_text.ingested(done.new, done.again, done.lost, bad, sorted(done.dates)))
-    return int(ExitCode.FINDINGS if done.lost or done.bad else ExitCode.AS_PREDICTED)
+    def handle(arguments: argparse.Namespace) -> int:
+        from kernel_harness.lab import commands
 
+        voice = commands.Voice(_say, _show_report, _write, _Line())
+        return int(getattr(commands, name)(arguments, voice))
 
-def _history(arguments: argparse.Namespace) -> int:
-    from kernel_harness.lab.history import ask
-    from probe.report import nights_text
-
-    question, what = arguments.question, arguments.what
-    if (question in ("machine", "sql")) != bool(what):
-        raise UsageError(
-            f"history {question} {'wants' if not what else 'takes no'} {'SQL' if question == 'sql' else 'NAME'}",
-            "history machine NAME, history sql 'SELECT ...'",
-        )
-    if arguments.before and question != "changes":
-        raise UsageError(f"history {question} takes no --from", "it looks at all nights up to --to")
-    answer = ask(
-        Path(arguments.store),
-        question,
-        before=arguments.before,
-        after=arguments.after,
-        host=what if question == "machine" else "",
-        sql=what if question == "sql" else "",
-    )
-    if arguments.output_format == "json":
-        sys.stdout.write(nights_text.as_json(answer.columns, answer.rows))
-    elif arguments.output_format == "csv":
-        sys.stdout.write(nights_text.as_csv(answer.columns, answer.rows))
-    else:
-        _show_report(nights_text.table(answer.columns, answer.rows, answer.nothing))
-    found = bool(answer.rows) and question in ("changes", "missing", "differ", "findings")
-    return int(ExitCode.FINDINGS if found else ExitCode.AS_PREDICTED)
+    return handle
 
 
 def _check_output(path: str | None, force: bool) -> None:
@@ -1226,8 +1216,10 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "diff": _diff,
     "export": _export,
     "agent-build": _agent_build,
-    "ingest": _ingest,
-    "history": _history,
+    "sweep": _lab("sweep"),
+    "ingest": _lab("ingest"),
+    "history": _lab("history"),
+    "nightly": _lab("nightly"),
     "html": _html,
     "models": _models,
     "migrate": _migrate,

@@ -170,7 +170,7 @@ class Bad:
 class Arrived:
     """What one file held: records as they came, the last step announced after the last record, and bad lines.
 
-    ended says how a stream that has no record ended: an error of the agent's own, or "".
+    ended says how a stream that has no record ended: an error of the agent's own, what a sweep knows, or "".
     """
 
     records: tuple[bytes, ...]
@@ -206,7 +206,9 @@ def read(raw: bytes) -> Arrived:
         if name == "intent" and isinstance(event.get("step"), str):
             step = _plain(event["step"][:100])
         elif name == "error" and isinstance(event.get("message"), str):
-            ended = _plain(event["message"][:500])
+            ended = f"it said: {_plain(event['message'][:500])}"
+        elif name == "lost" and isinstance(event.get("why"), str) and isinstance(event.get("step"), str):
+            step, ended = _plain(event["step"][:100]), _plain(event["why"][:500])
         elif isinstance(event, dict) and isinstance(event.get("schema_version"), str):
             records.append(line + b"\n")
         elif name == "restored":

@@ -241,7 +241,7 @@ FILED = {
     "diff before": "*",
 }
 # What only the user knows.
-FREE = {"history what"}
+FREE = {"history what", "sweep run_arguments", "nightly run run_arguments", "nightly install run_arguments"}
 _HEADER = """\
 # Made by "make docs"; do not edit. The words are this project's, the code around them is the template of shtab
 # (https://github.com/tqdm/shtab), under MPL-2.0 (https://mozilla.org/MPL/2.0/): so these files are not in the project.

@@ -10,7 +10,9 @@ from typing import Any
 
 from kernel_harness.lab.nights import connect, nights_of
 from probe.errors import RecordError, UsageError
-from probe.masks import format_list
+from probe.masks import format_bits, format_list
+from probe.night import Change, Night, grouped
+from probe.nights import NIGHT
 
 
 def _machines(source: str = "runs") -> str:
@@ -41,6 +43,11 @@ def _moved(column: str) -> str:
     )
 
 
+def _mask(differs: str) -> str:
+    """Return SQL for a mask of bits that both machines a and b measured."""
+    return f"printf('0x%x', ({differs}) & ~(a.unmeasured | b.unmeasured))"
+
+
 QUESTIONS: dict[str, tuple[str, str]] = {
     "changes": (
         "what is not as it was between two nights, on machines that both have; bits that both measured",
@@ -49,8 +56,8 @@ QUESTIONS: dict[str, tuple[str, str]] = {
         + f""",
 known AS (SELECT *, microcode || kernel || vendor <> '' AS started_well FROM machine)
 SELECT a.host, a.kind,
-       printf('0x%x', xor(a.retained, b.retained) & ~(a.unmeasured | b.unmeasured)) AS retained_differs,
-       printf('0x%x', xor(a.faults, b.faults) & ~(a.unmeasured | b.unmeasured)) AS faults_differ,
+       {_mask("b.retained & ~a.retained")} AS kept_now, {_mask("a.retained & ~b.retained")} AS no_longer_kept,
+       {_mask("b.faults & ~a.faults")} AS faults_now, {_mask("a.faults & ~b.faults")} AS no_longer_faults,
        CASE WHEN a.status <> b.status THEN a.status || ' -> ' || b.status ELSE '' END AS status,
        {_moved("explained")}, {_moved("microcode")}, {_moved("kernel")}, {_moved("bios")},
        CASE WHEN a.lost <> '' AND b.lost = '' THEN 'is back' ELSE b.lost END AS lost
@@ -177,6 +184,16 @@ class Answer:
     nothing: str
 
 
+def cpus_of(store: Path) -> dict[str, str]:
+    """Return each machine's CPU as last seen, such as "GenuineIntel 06-6a-06 ucode 0xd0003f5"; nothing of an empty
+    store."""
+    if not nights_of(store):
+        return {}
+    told = "vendor || printf(' %02x-%02x-%02x ucode ', family, model, stepping) || microcode"
+    sql = f"SELECT host, arg_max({told}, night || started) FROM runs WHERE vendor <> '' GROUP BY host"
+    return {str(host): str(cpu) for host, cpu in ask(store, "sql", sql=sql).rows}
+
+
 def ask(store: Path, question: str, *, before: str = "", after: str = "", host: str = "", sql: str = "") -> Answer:
     """Ask one of QUESTIONS, or SQL of one's own over the view runs; before and after are nights (the last two).
 
@@ -219,3 +236,63 @@ def ask(store: Path, question: str, *, before: str = "", after: str = "", host: 
         at = columns.index("bits")
         rows = [(*row[:at], format_list(row[at]), *row[at + 1 :]) for row in rows]
     return Answer(columns, tuple(tuple(row) for row in rows), nothing)
+
+
+def night(store: Path, date: str = "", before: str = "") -> Night:
+    """Return what a lab looks at in the morning: a night (the last one) against the one before it, if there is one.
+
+    Raise as ask().
+    """
+    there = nights_of(store)
+    date = date or (there[-1] if there else "")
+    before = before or next((one for one in reversed(there) if one < date), "")
+    if date and not NIGHT.match(date):
+        raise RecordError(f"{date[:20]!r} is no date", "such as 2026-11-25")
+    select = f"FROM runs WHERE night = '{date}'"
+    machines, records = ask(
+        store,
+        "sql",
+        after=date,
+        sql=f"SELECT count(DISTINCT host), count(DISTINCT host || sha256) FILTER (sha256 <> '') {select}",
+    ).rows[0]
+    lost = ask(store, "sql", after=date, sql=f"SELECT lost, host {select} AND lost <> '' ORDER BY ALL").rows
+    first = f"SELECT host FROM runs GROUP BY host HAVING min(night) = '{date}' ORDER BY 1"
+    missing = ask(store, "missing", after=date).rows
+    changes: list[Change] = []
+    if before:
+        answer = ask(store, "changes", before=before, after=date)
+        found = [dict(zip(answer.columns, row)) for row in answer.rows]
+        changes = grouped(
+            [
+                (str(one["host"]), str(one["kind"]), _told(one))
+                for one in found
+                if not one["lost"] or one["lost"] == "is back"
+            ]
+        )
+    findings = ask(store, "findings", after=date)
+    return Night(
+        date=date,
+        before=before,
+        machines=int(machines),
+        records=int(records),
+        changes=tuple(changes),
+        lost=tuple((str(why), str(host)) for why, host in lost),
+        missing=tuple((str(row[0]), str(row[2])) for row in missing if row[1] == "not seen"),
+        new=tuple(str(row[0]) for row in ask(store, "sql", after=date, sql=first).rows) if before else (),
+        findings=tuple((str(one[0]), str(one[1]), str(one[2]), str(one[4])) for one in findings.rows),
+    )
+
+
+def _told(change: dict[str, Any]) -> tuple[str, ...]:
+    """Say one row of changes: bits first, then what came with it."""
+    bits = [
+        ("kept_now", "keeps {} now"),
+        ("no_longer_kept", "no longer keeps {}"),
+        ("faults_now", "#GP on {} now"),
+        ("no_longer_faults", "no #GP any more on {}"),
+    ]
+    told = [text.format(format_bits(int(change[name], 16))) for name, text in bits if int(change[name], 16)]
+    told += [
+        f"{name}: {change[name]}" for name in ("status", "explained", "microcode", "kernel", "bios") if change[name]
+    ]
+    return (*told, *(["it was lost, and is back"] if change["lost"] == "is back" else []))

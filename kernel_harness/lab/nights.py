@@ -5,6 +5,7 @@ STORE/2026-11-25/records/HOST-SHA.json   each record once, whatever engine broug
 STORE/2026-11-25/lost.ndjson             machines of which no record came: what they were about to do
 STORE/2026-11-25/aside.ndjson            lines that are nothing this tool knows, with file, line and why
 STORE/2026-11-25.parquet                 the night's rows (probe.nights.Row), compressed
+STORE/sweeps/                            what sweeps are about (kernel_harness.lab.sweep); no part of any night
 """
 
 from __future__ import annotations
@@ -95,7 +96,12 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
         waiting: list[Waiting] = []
         with_record: set[str] = set()
         dates: Counter[str] = Counter()
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_foreign(path, store)]
+        skipped = folder / "sweeps" if (folder / "sweeps/.lock").exists() else None  # of a store
+        files = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and _is_foreign(path, store) and skipped not in path.parents
+        ]
         if not files and not done.dates:
             raise RecordError(f"no file in {folder}", "give what the engine left, such as clush --outdir")
         for path in files:
@@ -115,8 +121,7 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
                     dates[date] += 1
             done.bad += [Aside(_printable(name), one.line, one.why, one.text) for one in arrived.bad]
             if arrived.last_step or arrived.ended:
-                said = f"it said: {arrived.ended}" if arrived.ended else ""
-                step = ", then ".join(part for part in (arrived.last_step, said) if part)
+                step = ", then ".join(part for part in (arrived.last_step, arrived.ended) if part)
                 waiting.append(Waiting(host, step, died=True))
             elif not arrived.records:
                 said = "nothing that it said is known" if arrived.bad else "it said nothing"
@@ -164,6 +169,13 @@ def host_of(name: str) -> str:
     first, _, rest = name.partition("/")
     word = first if rest else _ENDING.sub("", first)
     return _HOST.sub("-", _printable(word))[:100] or "unnamed"
+
+
+def file_name(host: str) -> str:
+    """Return what a machine's file is called, without an ending: its name, if that is one; each has its own."""
+    word = _HOST.sub("-", host)[:80]
+    safe = word == host and not word.startswith(".") and not _ENDING.search(word)
+    return word if safe else f"{word.lstrip('.')}-{hashlib.sha256(host.encode()).hexdigest()[:8]}"
 
 
 def _printable(name: str) -> str:

@@ -29,7 +29,7 @@ def render(reports: Sequence[Report], origin: str) -> str:
     tests: dict[str, dict[str, Any]] = {}
     for report in reports:
         kernel = report.record.kernel
-        build = f"{origin}:{_id(kernel.release + kernel.version)}"
+        build = f"{origin}:{identifier(kernel.release + kernel.version)}"
         checkouts.setdefault(build, {"id": build, "origin": origin, "comment": clean(kernel.release)})
         builds.setdefault(
             build,
@@ -51,7 +51,8 @@ def render(reports: Sequence[Report], origin: str) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def _id(text: str) -> str:
+def identifier(text: str) -> str:
+    """Return what names something in an object's id."""
     return sha256(text.encode("utf-8", "replace")).hexdigest()[:20]
 
 
@@ -72,7 +73,7 @@ def _test(
     machine = record.machine
     whole = f"{report.kind}{report.name}{record.started}{name}{record.identity}"
     test = {
-        "id": f"{origin}:{_id(whole)}",
+        "id": f"{origin}:{identifier(whole)}",
         "origin": origin,
         "build_id": build,
         "path": f"spec_ctrl_probe.{report.kind}.{name}",

@@ -19,6 +19,7 @@ from tests.bench.evidence import evidence_figures
 from tests.bench.figures import figure, missed, note, ratio
 from tests.bench.kvm import kvm_figures
 from tests.bench.nights import nights_figures
+from tests.bench.sweep import sweep_figures
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
@@ -91,6 +92,7 @@ def main() -> int:
     large()
     evidence_figures(best)
     nights_figures()
+    sweep_figures()
     if shutil.which("gcc") is None:
         print("not run: the walk against C (gcc is missing)")
         return 4

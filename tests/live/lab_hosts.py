@@ -2,8 +2,9 @@
 """A lab on one machine: hosts with their own network, sshd, disk and processes, and a register in a file.
 
 Each host is a network namespace behind one bridge (192.0.2.0/24, no way out) with a mount, name and process namespace:
-killing its first process is a power cut. /dev/cpu/N/msr is a sparse file, so the agent is the real one, and every bit
-"sticks". What must outlive a power cut is in folder/NAME/disk. Needs root.
+killing its first process is a power cut, and each boot has a boot_id of its own. /dev/cpu/N/msr is a sparse file, so
+the agent is the real one; every bit "sticks", but for those that register() leaves out. What must outlive a power cut
+is in folder/NAME/disk. Needs root.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NEEDED = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter")
+NEEDED = ("gcc", "ip", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _TOOLS = ("sh", "cat", "mktemp", "rm", "hostname")
 
@@ -28,9 +29,12 @@ set -e
 hostname {name}
 mount --make-rprivate /
 mount -t proc proc /proc
+cat /proc/sys/kernel/random/uuid > {own}/boot_id
+mount --bind {own}/boot_id /proc/sys/kernel/random/boot_id
 for place in /run /root /var/tmp /var/cache /dev/cpu; do mount -t tmpfs t $place; done
 mkdir /run/scratch && mount -t tmpfs t /run/scratch
 mkdir -p /run/sshd /run/tools {disk}/state
+cp {own}/../key.pub /run/key.pub
 mount --bind {disk} /var/lib
 mkdir -p /var/lib/spec-ctrl-probe
 mount --bind /bin/true $(readlink -f $(command -v modprobe))
@@ -47,7 +51,7 @@ def lacks() -> str:
         return "not root"
     missing = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
     if missing:
-        return f"no {', '.join(missing)} (apt-get install openssh-server iproute2 util-linux)"
+        return f"no {', '.join(missing)} (apt-get install gcc openssh-server iproute2 util-linux)"
     done = subprocess.run(["ip", "netns", "add", _netns("try")], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"no network namespaces: {done.stderr.strip()}"
@@ -85,15 +89,15 @@ class Lab:
                 cwd=self.folder,
             )
 
-    def start(self, *words: str, stdin: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, stdin: Path | None = None, stdout: Path | None = None) -> subprocess.Popen[bytes]:
         """Start a command on the controller; what it says goes to folder/said."""
-        with open(stdin or os.devnull, "rb") as file, open(self.folder / "said", "wb") as said:
+        with (
+            open(stdin or os.devnull, "rb") as file,
+            open(stdout or os.devnull, "wb") as out,
+            open(self.folder / "said", "wb") as said,
+        ):
             return subprocess.Popen(
-                ["ip", "netns", "exec", _netns("ctl"), *words],
-                stdin=file,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                cwd=self.folder,
+                ["ip", "netns", "exec", _netns("ctl"), *words], stdin=file, stdout=out, stderr=said, cwd=self.folder
             )
 
     def ssh(self, name: str, command: str) -> subprocess.CompletedProcess[str]:
@@ -111,6 +115,10 @@ class Lab:
             ["nsenter", "-t", str(first), "-m", "-u", "-p", *command], check=True, capture_output=True, text=True
         ).stdout
 
+    def register(self, name: str, valid: int) -> None:
+        """Give a host's registers just these bits: a write of any other fails with EIO, as #GP does."""
+        (self.folder / name / "valid").write_text(f"{valid:#x}\n")
+
     def power_cut(self, name: str) -> None:
         """End every process of a host at once, and its network."""
         self.link(name, "down")
@@ -123,6 +131,7 @@ class Lab:
         self.link(name, "up")
         text = _BOOT.format(
             name=name,
+            own=own,
             disk=own / "disk",
             tools=" ".join(_TOOLS),
             more=more,
@@ -190,6 +199,8 @@ def lab(folder: Path, count: int) -> Iterator[Lab]:
 def _keys(made: Lab) -> None:
     """Write keys and configurations of ssh and sshd."""
     folder = made.folder
+    source = Path(__file__).parent / "register.c"
+    _do("gcc", "-shared", "-fPIC", "-O2", "-Wall", "-o", str(folder / "register.so"), str(source), "-ldl")
     _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
     hosts, known = [], []
     for number, name in enumerate(made.names, 1):
@@ -200,8 +211,8 @@ def _keys(made: Lab) -> None:
         hosts.append(f"Host {name}\n    HostName 192.0.2.{number}\n")
         lines = ["Port 22", f"HostKey {own}/host_key", "PermitRootLogin yes", "UsePAM no", "StrictModes no"]
         lines += [
-            f"AuthorizedKeysFile {folder}/key.pub",
-            f"SetEnv PATH={PATH} TMPDIR=/run/scratch",
+            "AuthorizedKeysFile /run/key.pub",
+            f"SetEnv PATH={PATH} TMPDIR=/run/scratch LD_PRELOAD={folder}/register.so REGISTER={own}/valid",
             "PidFile none",
             "MaxStartups 100",
         ]

@@ -40,6 +40,8 @@ PURE = (
     "probe.diff",
     "probe.cases",
     "probe.nights",
+    "probe.night",
+    "probe.sweep",
     "probe.arguments",
     "probe.report",
 )

@@ -17,6 +17,7 @@ from probe import record as rec
 from probe.cases import groups_of, judge_of, outcome_of, said_of
 from probe.masks import ALL_BITS, format_bits, parse_hex64
 from probe.models.matrix import Expected
+from probe.nights import Row as NightRow
 from probe.registers import SPEC_CTRL
 
 # State -> (letter, what it says). Letters are told apart without colour.
@@ -144,6 +145,26 @@ def of_run(record: rec.Record) -> Map:
         each = (masks["a"], masks["d"], masks["f"], masks["o"], wrong)
         rows.append(((f"CPUs {group.cpus}",), (each,), False, numbers.get(id(group.prediction), 0)))
     return _map(["write"], rows, record.judge)
+
+
+def of_night(rows: Sequence[NightRow]) -> Map:
+    """Return the map of a lab's night: a row for each CPU model and microcode, more if its machines are not alike."""
+    hosts: dict[tuple[str, _Masks], list[str]] = {}
+    for row in rows:
+        if row.lost or row.kind not in ("run", "kvm"):
+            continue
+        where = "KVM on " if row.kind == "kvm" else "guest of a hypervisor, " if row.hypervisor else ""
+        cpu = f"{where}{row.vendor} {row.family:02x}-{row.model:02x}-{row.stepping:02x}, microcode {row.microcode}"
+        dropped = row.accepts & ~row.retained
+        masks = (row.retained & row.accepts, dropped, row.faults & ~row.unmeasured, 0, row.wrong)
+        names = hosts.setdefault((cpu, masks), [])
+        if row.host not in names:
+            names.append(row.host)
+    found: list[_Found] = [
+        ((f"{cpu}: {len(names)} machine{'' if len(names) == 1 else 's'}", *sorted(names)), (masks,), False, 0)
+        for (cpu, masks), names in sorted(hosts.items())
+    ]
+    return _map(["write"], found, "its record's model")
 
 
 def merged(map_: Map) -> Map:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, select_autoescape
+from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 from msgspec import UnsetType
 
@@ -44,32 +44,41 @@ def render(records: Sequence[tuple[str, AnyRecord, str]]) -> str:
     """Return the page's text; records are (name, record, SHA-256). Two of one kind are compared at its top."""
     kinds = {kind_of(record) for _, record, _ in records}
     comparison = compare(records[0][1], records[1][1]) if len(records) == 2 and len(kinds) == 1 else None
-    style, script = _file("page.css"), _file("page.js")
     reports = reports_of([record for _, record, _ in records])
     sections = [
         _section(number, name, record, sha256, report)
         for number, ((name, record, sha256), report) in enumerate(zip(records, reports))
     ]
+    return fill(
+        "page.html.j2",
+        title=title_of(reports[0]) if len(reports) == 1 else f"{len(reports)} records of IA32_SPEC_CTRL",
+        sections=sections,
+        comparison=None if comparison is None else _compared(comparison, records),
+    )
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill a template of this room; style, script and their hashes, the bits and the tool's version are added."""
     environment = Environment(
+        loader=FunctionLoader(_file),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["clean"] = lambda text: clean(str(text))
-    return environment.from_string(_file("page.html.j2")).render(
-        title=title_of(reports[0]) if len(reports) == 1 else f"{len(reports)} records of IA32_SPEC_CTRL",
+    style, script = _file("page.css"), _file("page.js")
+    return environment.get_template(template).render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        sections=sections,
-        comparison=None if comparison is None else _compared(comparison, records),
         states=heat.STATES,
         bits=[
             {"bit": bit.bit, "name": bit.name, "meaning": bit.meaning, "source": bit.source} for bit in SPEC_CTRL.bits
         ],
         tool=probe.__version__,
+        **values,
     )
 
 
@@ -108,9 +117,6 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
         map_ = heat.of_kvm(record)
     elif isinstance(record, rec.Record):
         map_ = heat.of_run(record)
-    merged = map_ is not None and len(map_.rows) >= MERGED_FROM
-    if map_ is not None and merged:
-        map_ = heat.merged(map_)
     return {
         "id": f"r{number}",
         "name": name,
@@ -124,15 +130,25 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
         "moves": "" if not isinstance(record, migration_record.MigrationRecord) else moved_text.render([record]),
         "badge": _badge(record, report),
         "findings": _findings(report),
-        "map": map_,
-        "merged": merged,
-        "beside": map_ is not None and any(row.beside for row in map_.rows),
-        "body": "" if map_ is None else _body(f"r{number}", map_, map_.rows[:_AT_ONCE], links=not merged),
-        "rest": "" if map_ is None else _body(f"r{number}", map_, map_.rows[_AT_ONCE:], links=not merged),
-        "data": "" if map_ is None else _data(map_),
+        **mapped(f"r{number}", map_),
         "reasons": _reasons(record) if isinstance(record, rec.Record) else [],
         "models": _models(record),
         "notes": getattr(record, "notes", []),
+    }
+
+
+def mapped(prefix: str, map_: heat.Map | None) -> dict[str, Any]:
+    """Return what map.html.j2 needs of a heat map, whose elements are called after prefix."""
+    merged = map_ is not None and len(map_.rows) >= MERGED_FROM
+    if map_ is not None and merged:
+        map_ = heat.merged(map_)
+    return {
+        "map": map_,
+        "merged": merged,
+        "beside": map_ is not None and any(row.beside for row in map_.rows),
+        "body": "" if map_ is None else _body(prefix, map_, map_.rows[:_AT_ONCE], links=not merged),
+        "rest": "" if map_ is None else _body(prefix, map_, map_.rows[_AT_ONCE:], links=not merged),
+        "data": "" if map_ is None else _data(map_),
     }
 
 

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Ansible, run as a program: who is in an inventory, and one playbook over machines with its events as they come.
+
+ansible-core (GPL) is never imported; ansible-runner (Apache-2.0) starts it and reads its events.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from probe.errors import ProbeError, RequirementMissing, UsageError
+
+_PLAYBOOKS = Path(__file__).resolve().parent / "playbook"
+_CURE = "pip install 'spec-ctrl-probe[lab]'"
+# Without these a host that hangs is noticed when TCP gives up, after a quarter of an hour; nobody answers questions.
+_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10 -o BatchMode=yes"
+
+
+def _program(name: str) -> str:
+    """Return a program of ansible-core: that of this Python's environment, or the one in PATH."""
+    own = Path(sys.executable).parent / name
+    found = own if own.exists() else shutil.which(name)
+    if found is None:
+        raise RequirementMissing(f"no {name} here: Ansible is what a sweep runs on", _CURE)
+    return str(found)
+
+
+def _environment() -> dict[str, str]:
+    """Return what Ansible's programs need: the user's configuration, and ours where the user has none."""
+    config = next((path for path in _configurations() if path.is_file()), None)
+    known = configparser.ConfigParser(interpolation=None, strict=False)
+    if config is not None:
+        with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # Ansible itself will complain
+            known.read(config)
+
+    def of_user(variable: str, section: str, key: str, otherwise: str) -> str:
+        return os.environ.get(variable) or str(known.get(section, key, fallback=otherwise))
+
+    extra = of_user("ANSIBLE_SSH_EXTRA_ARGS", "ssh_connection", "ssh_extra_args", "")
+    ours = {
+        "PATH": f"{Path(_program('ansible-playbook')).parent}:{os.environ.get('PATH', os.defpath)}",
+        "ANSIBLE_PIPELINING": "1",
+        "ANSIBLE_RETRY_FILES_ENABLED": "0",
+        "ANSIBLE_SSH_RETRIES": "0",  # a second try would hide that the first had come through
+        "ANSIBLE_DEPRECATION_WARNINGS": "0",
+        "ANSIBLE_SSH_EXTRA_ARGS": f"{extra} {_SSH}".strip(),  # ssh takes the first of two: the user's
+        # ansible-runner would switch this off
+        "ANSIBLE_HOST_KEY_CHECKING": of_user("ANSIBLE_HOST_KEY_CHECKING", "defaults", "host_key_checking", "True"),
+        "ANSIBLE_LIBRARY": str(_PLAYBOOKS / "library"),
+    }
+    if config is not None:
+        ours["ANSIBLE_CONFIG"] = str(config.resolve())
+    return ours
+
+
+def _configurations() -> Iterator[Path]:
+    """Return where Ansible looks for its configuration, in its order; ansible-runner changes the folder."""
+    if chosen := os.environ.get("ANSIBLE_CONFIG"):
+        yield Path(chosen)
+    here = Path.cwd()
+    if not here.stat().st_mode & 0o002:  # as Ansible: not from a folder that anyone may write to
+        yield here / "ansible.cfg"
+    yield Path("~/.ansible.cfg").expanduser()
+    yield Path("/etc/ansible/ansible.cfg")
+
+
+def sources(inventory: Sequence[str]) -> list[str]:
+    """Return inventories as Ansible takes them from any folder; raise UsageError for a file that is not there."""
+    found = []
+    for one in inventory:
+        if "," in one:
+            found.append(one)
+        elif Path(one).exists():
+            found.append(str(Path(one).resolve()))
+        else:
+            raise UsageError(f"no inventory {one}", "a file, a folder, a script, or names with a comma: lab1,lab2")
+    return found
+
+
+@dataclass
+class Listing:
+    """The machines of an inventory, asked for while other things are done."""
+
+    inventory: tuple[str, ...]
+    process: subprocess.Popen[str]
+
+    def hosts(self) -> dict[str, dict[str, Any]]:
+        """Return each machine's variables by its name; raise UsageError if there is none, with what Ansible said."""
+        out, err = self.process.communicate()
+        said = " ".join(err.split())
+        try:
+            groups = json.loads(out)
+            variables: dict[str, dict[str, Any]] = groups.pop("_meta").get("hostvars", {})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UsageError(f"Ansible cannot read the inventory: {said[-300:] or 'it said nothing'}") from error
+        names = {name: None for group in groups.values() for name in group.get("hosts", ())}
+        if not names:
+            raise UsageError(
+                f"no machine in {', '.join(self.inventory)}{f': {said[-300:]}' if said else ''}",
+                "ansible-inventory -i INVENTORY --list shows what there is",
+            )
+        return {name: variables.get(name, {}) for name in names}
+
+
+def list_hosts(inventory: Sequence[str], limit: str = "") -> Listing:
+    """Ask Ansible which machines an inventory has; limit is a pattern of Ansible's."""
+    own = [word for one in sources(inventory) for word in ("-i", one)]
+    command = [_program("ansible-inventory"), "--list", *own]
+    if limit:
+        command += ["--limit", limit]
+    environment = {**os.environ, **_environment()}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    return Listing(tuple(inventory), process)
+
+
+@dataclass
+class Engine:
+    """Playbooks over an inventory with the agent in hand. stop() ends the one that runs, and tells why."""
+
+    inventory: tuple[str, ...]
+    agent: bytes
+    forks: int
+    values: Mapping[str, Any]
+    limit: str = ""
+    _why: list[str] = field(default_factory=list)
+
+    def stop(self, why: str) -> None:
+        """End the playbook that runs; agents on machines run on, and keep what they find."""
+        self._why.append(why)
+
+    @property
+    def stopped(self) -> str:
+        """Why it was stopped, or ""."""
+        return self._why[0] if self._why else ""
+
+    def play(self, name: str, hosts: Sequence[str] | None, event: Callable[[str, dict[str, Any]], None]) -> None:
+        """Run one playbook over some machines (None: all); event gets each of the engine's events that has a machine.
+
+        Raise KeyboardInterrupt for SIGINT and SIGTERM, ProbeError if Ansible does not run at all.
+        """
+        try:
+            import ansible_runner
+        except ImportError as error:
+            raise RequirementMissing(f"cannot run Ansible: {error}", _CURE) from error
+        with tempfile.TemporaryDirectory(prefix="spec-ctrl-probe-sweep-") as made:
+            folder = Path(made)
+            cmdline = [word for one in sources(self.inventory) for word in ("-i", one)]
+            if hosts is not None:
+                (folder / "limit").write_text("".join(f"{host}\n" for host in hosts), encoding="utf-8")
+                cmdline += ["--limit", f"@{folder / 'limit'}"]
+            elif self.limit:
+                cmdline += ["--limit", self.limit]
+            self._pack(folder / "module_utils")
+            seen: list[str] = []
+
+            def handle(one: dict[str, Any]) -> bool:
+                seen.append(one.get("stdout", "")[-500:])
+                del seen[:-20]
+                data = one.get("event_data", {})
+                if data.get("host") and not self.stopped:
+                    event(one["event"], data)
+                return False  # nothing is kept on disk
+
+            interrupted: list[int] = []
+            with _signals(interrupted):
+                done = ansible_runner.run(
+                    private_data_dir=str(folder),
+                    playbook=str(_PLAYBOOKS / name),
+                    cmdline=shlex.join(cmdline),
+                    forks=self.forks,
+                    extravars=dict(self.values),
+                    envvars={**_environment(), "ANSIBLE_MODULE_UTILS": str(folder / "module_utils")},
+                    settings={"pexpect_timeout": 1, "suppress_ansible_output": True},
+                    quiet=True,
+                    event_handler=handle,
+                    cancel_callback=lambda: bool(interrupted) or bool(self.stopped),
+                )
+        if interrupted:
+            raise KeyboardInterrupt(signal.Signals(interrupted[0]).name if interrupted[0] != signal.SIGINT else "")
+        if done.rc not in (0, 2, 4, 6) and not self.stopped:  # 2 failed, 4 unreachable
+            said = " ".join(" ".join(seen).split())
+            raise ProbeError(f"Ansible ended with exit code {done.rc}: {said[-400:] or 'it said nothing'}")
+
+    def _pack(self, folder: Path) -> None:
+        """Write the agent as Python, so that it travels with the module."""
+        folder.mkdir(mode=0o700)
+        text = base64.b64encode(self.agent).decode()
+        digest = hashlib.sha256(self.agent).hexdigest()
+        (folder / "spec_ctrl_agent.py").write_text(f'AGENT = "{text}"\nSHA256 = "{digest}"\n')
+
+
+@contextlib.contextmanager
+def _signals(interrupted: list[int]) -> Iterator[None]:
+    """Note SIGINT, SIGTERM and SIGHUP, for ansible-runner looks when it can end its child."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        interrupted.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: MIT
+"""A sweep: the agent on every machine of an inventory, once, through Ansible; what it found goes into the store.
+
+STORE/sweeps/20261128T020000Z-1f2e/plan.json       what was asked for, and when it ended
+                                   results.ndjson  a line for each machine, as it comes
+                                   hosts/NAME.ndjson  what the machine said; this is what ingest takes in
+
+A machine counts as answered when its line is there. A controller that was killed and is started again goes on with the
+rest; a machine that had begun is not probed twice, for the module keeps its answer under the sweep's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernel_harness.boot.cache import Say, default_cache
+from kernel_harness.lab import nights
+from kernel_harness.lab.agent_file import LOCK, build, own_files
+from kernel_harness.lab.engine import Engine, list_hosts, sources
+from kernel_harness.lab.history import cpus_of
+from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, UsageError
+from probe.nights import check_night
+from probe.report.night_text import of
+from probe.store import write_atomically
+from probe.sweep import LOST, How, Machine, Swept, Tally, canaries, event, folded, machine
+
+_GRACE = 120  # seconds beyond the agent's own limit, for the connection and for putting back
+_KEPT = 3  # sweeps whose raw answers are kept
+_FRESH = 12 * 3600  # seconds after which a sweep that did not end is not gone on with
+# ssh's words when it never got as far as a shell (ssh.c, sshconnect.c, kex.c of OpenSSH 9): nothing was started there.
+_NEVER = re.compile(
+    r"ssh: connect to host|Could not resolve hostname|Host key verification failed|REMOTE HOST IDENTIFICATION"
+    r"|Permission denied|[Nn]o route to host|banner exchange|kex_exchange_identification|Connection refused"
+    r"|Too many authentication failures|no matching |Invalid/incorrect password"
+)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked for. limit is in seconds for one machine, wait for one to come back; canary is a share, 0 to 1;
+    forks machines at a time; pattern picks machines in Ansible's words; kernel is a release to boot first, or ""; night
+    is the date that it belongs to, or "" for today's."""
+
+    inventory: tuple[str, ...]
+    store: Path
+    arguments: tuple[str, ...] = ()
+    pattern: str = ""
+    forks: int = 32
+    limit: float = 300.0
+    wait: float = 300.0
+    canary: float = 0.0
+    retry: bool = False
+    afresh: bool = False
+    become: bool = True
+    kernel: str = ""
+    agent: Path | None = None
+    night: str = ""
+
+    def sameness(self) -> dict[str, Any]:
+        """Return what two sweeps must have in common for the one to go on where the other ended."""
+        asked = {"inventory": sources(self.inventory), "arguments": list(self.arguments)}
+        return {**asked, "pattern": self.pattern, "kernel": self.kernel, "night": self.night}
+
+
+@dataclass
+class _Folder:
+    """A sweep's folder in the store."""
+
+    path: Path
+    plan: dict[str, Any]
+    answered: dict[str, Machine] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def save(self) -> None:
+        write_atomically(json.dumps(self.plan, indent=1).encode() + b"\n", self.path / "plan.json", replace=True)
+
+    def keep(self, found: Machine, events: Sequence[str]) -> None:
+        """Keep a machine's answer, and then that it is there."""
+        name = nights.file_name(found.host)
+        text = "".join(f"{line}\n" for line in events)
+        if found.how is not How.RECORD:
+            text += json.dumps(event(found)) + "\n"
+        write_atomically(text.encode(), self.path / "hosts" / f"{name}.ndjson", replace=True)
+        with open(self.path / "results.ndjson", "a", encoding="utf-8") as file:
+            file.write(found.as_json())
+            file.flush()
+            os.fsync(file.fileno())
+        self.answered[found.host] = found
+
+
+def _folders(store: Path) -> Iterator[_Folder]:
+    """Return the store's sweeps, the newest first."""
+    for path in sorted((store / "sweeps").glob("*/plan.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            found = _Folder(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            with contextlib.suppress(FileNotFoundError):
+                for line in (path.parent / "results.ndjson").read_text(encoding="utf-8").splitlines():
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a full disk
+                        one = machine(line)
+                        found.answered[one.host] = one
+            yield found
+
+
+@contextlib.contextmanager
+def _only_one(store: Path) -> Iterator[None]:
+    """Hold the store against a second sweep; raise RequirementMissing if there is one."""
+    try:
+        (store / "sweeps").mkdir(parents=True, exist_ok=True)
+        handle = os.open(store / "sweeps" / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RecordError(f"cannot write into {store}: {error.strerror}", "give another: --store DIR") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+            raise RequirementMissing(
+                f"another sweep is using {store}{f' (process {pid})' if pid.isdigit() else ''}",
+                "wait until it has ended",
+            ) from error
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A machine as --check tells it: its address and user as Ansible has them, its CPU as last seen, whether it goes
+    first, and what became of it in the last sweep ("" if it was in none)."""
+
+    host: str
+    address: str
+    user: str
+    cpu: str
+    canary: bool
+    last: str
+
+
+def check(wish: Wish) -> list[Planned]:
+    """Say what a sweep would do, and touch no machine; raise what sweep() would raise before its first connection."""
+    found = list_hosts(wish.inventory, wish.pattern).hosts()
+    last = next(_folders(wish.store), None)
+    known = cpus_of(wish.store)
+    hosts = _to_retry(wish, last, list(found)) if wish.retry else list(found)
+    first = set(canaries({host: known.get(nights.file_name(host), "") for host in hosts}, wish.canary or 0))
+    return [
+        Planned(
+            host,
+            str(found[host].get("ansible_host", host)),
+            str(found[host].get("ansible_user", "")),
+            known.get(nights.file_name(host), ""),
+            bool(wish.canary) and host in first,
+            last.answered[host].how.value if last and host in last.answered else "",
+        )
+        for host in hosts
+    ]
+
+
+def _to_retry(wish: Wish, last: _Folder | None, hosts: Sequence[str]) -> list[str]:
+    """Return the machines of which the last sweep has no record."""
+    if last is None:
+        raise UsageError(f"no sweep in {wish.store}", "--retry takes the last sweep's failures")
+    there = last.plan.get("hosts") or list(last.answered)
+    return [
+        host
+        for host in hosts
+        if host in there and (host not in last.answered or last.answered[host].how is not How.RECORD)
+    ]
+
+
+def sweep(wish: Wish, say: Say, tick: Callable[[Tally], None]) -> tuple[Swept, nights.Ingested | None]:
+    """Run one sweep, take it into the store, and return what came of it, and of the taking in (None: nothing came).
+
+    Raise UsageError for an inventory without machines, RequirementMissing without Ansible or beside another sweep,
+    RecordError for a store that cannot be written, KeyboardInterrupt if it is interrupted: the same command goes on.
+    """
+    if wish.night:
+        check_night(wish.night)
+    known = list_hosts(wish.inventory, wish.pattern)  # while the rest is made ready
+    try:
+        with _only_one(wish.store):
+            return _Sweep(wish, say, tick, known.hosts).run()
+    finally:
+        if known.process.poll() is None:
+            known.process.kill()
+            known.process.communicate()
+
+
+class _Sweep:
+    """One sweep on its way."""
+
+    def __init__(
+        self, wish: Wish, say: Say, tick: Callable[[Tally], None], hosts: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._wish, self._say, self._tick = wish, say, tick
+        self._agent = _agent(wish, say)
+        self._found: list[str] = []
+        self._trouble: list[ProbeError] = []
+        self._listing = threading.Thread(target=self._list, args=(hosts,), daemon=True)
+        self._listing.start()
+        self._begun = time.monotonic()
+        self._running: set[str] = set()
+        self._vanished: dict[str, str] = {}
+        self._counts = dict.fromkeys(How, 0)
+        self._answered: set[str] = set()
+        self._folder, self._todo, self._continued = self._choose()
+
+    def _list(self, hosts: Callable[[], dict[str, Any]]) -> None:
+        try:
+            self._found = list(hosts())
+        except ProbeError as error:
+            self._trouble.append(error)
+
+    def _hosts(self) -> list[str]:
+        """Return the inventory's machines; wait for them."""
+        self._listing.join()
+        if self._trouble:
+            raise self._trouble[0]
+        return self._found
+
+    def _choose(self) -> tuple[_Folder, list[str] | None, int]:
+        """Return the folder, the machines to ask (None: all), and how many an earlier try has answered for."""
+        last = next(_folders(self._wish.store), None)
+        if self._wish.retry:
+            todo = _to_retry(self._wish, last, self._hosts())
+            if not todo:
+                raise UsageError(
+                    "the last sweep has a record of every machine", "sweep without --retry asks them again"
+                )
+            return self._make(), todo, 0
+        if last and not last.plan.get("ended") and last.plan.get("asked") == self._wish.sameness():
+            age = time.time() - last.plan.get("begun", 0)
+            if not self._wish.afresh and age < _FRESH:
+                todo = [host for host in self._hosts() if host not in last.answered]
+                self._say(
+                    f"going on with the sweep of {last.plan['started']}: {of(len(last.answered), 'machine')} answered, "
+                    f"{len(todo)} are left (--afresh asks all of them again)"
+                )
+                for one in last.answered.values():
+                    self._counts[one.how] += 1
+                self._answered |= set(last.answered)
+                return last, todo, len(last.answered)
+        return self._make(), None, 0
+
+    def _make(self) -> _Folder:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        path = self._wish.store / "sweeps" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        plan = {
+            "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+            "begun": time.time(),
+            "night": self._wish.night or f"{now:%Y-%m-%d}",
+            "asked": self._wish.sameness(),
+            "hosts": [],
+            "ended": "",
+        }
+        found = _Folder(path, plan)
+        try:
+            (path / "hosts").mkdir(parents=True)
+            found.save()
+        except OSError as error:
+            raise RecordError(f"cannot write {path}: {error.strerror}", "give another: --store DIR") from error
+        return found
+
+    def run(self) -> tuple[Swept, nights.Ingested | None]:
+        """Ask everyone, go back for those who went away, take it all in."""
+        wish = self._wish
+        engine = Engine(
+            wish.inventory,
+            self._agent,
+            wish.forks,
+            {
+                "spec_ctrl_become": wish.become,
+                "spec_ctrl_sweep": self._folder.name,
+                "spec_ctrl_arguments": ["run", "--in", "metal", "--stream", "--record", os.devnull, *wish.arguments],
+                "spec_ctrl_limit": wish.limit,
+                "spec_ctrl_timeout": int(wish.limit + _GRACE),
+                "spec_ctrl_wait": int(wish.wait),
+                "spec_ctrl_kernel": wish.kernel,
+            },
+            wish.pattern,
+        )
+        self._engine = engine
+        stopped = ""
+        todo = self._todo
+        if wish.canary and todo != []:
+            hosts = self._hosts() if todo is None else todo
+            known = cpus_of(wish.store)
+            first = canaries({host: known.get(nights.file_name(host), "") for host in hosts}, wish.canary)
+            models = len({known.get(nights.file_name(host), "") for host in hosts})
+            self._say(
+                f"first {len(first)} of {of(len(hosts), 'machine')}, of {of(models, 'CPU model')}: {folded(first)}"
+            )
+            self._round(first)
+            bad = [
+                one for host in first if (one := self._folder.answered.get(host)) and one.how in (How.DIED, How.GONE)
+            ]
+            if bad:
+                stopped = f"a machine of those that go first died: {bad[0].host} ({bad[0].told()})"
+            todo = [host for host in hosts if host not in first]
+        if not stopped and todo != []:
+            self._round(todo)
+        if self._trouble:  # an inventory that is none: nothing was begun
+            if not self._folder.answered:
+                shutil.rmtree(self._folder.path, ignore_errors=True)
+            raise self._trouble[0]
+        return self._end(engine.stopped or stopped)
+
+    def _round(self, hosts: list[str] | None) -> None:
+        """Ask some machines, or all, and wait for those that went away."""
+        if self._wish.kernel:
+            self._engine.play("boot.yml", hosts, self._booted)
+            hosts = [host for host in (self._hosts() if hosts is None else hosts) if host not in self._answered]
+            if not hosts:
+                return
+        self._engine.play("probe.yml", hosts, self._seen)
+        if self._vanished and not self._engine.stopped:
+            self._engine.play("again.yml", sorted(self._vanished), self._seen_again)
+
+    # --- the engine's events ---
+
+    def _booted(self, name: str, data: dict[str, Any]) -> None:
+        host, said = data["host"], said_of_failure(data.get("res", {}))
+        if name == "runner_on_start":
+            self._running.add(host)
+        elif name == "runner_on_unreachable":
+            never = data.get("task") == "ask the kernel"
+            self._keep(Machine(host, How.UNREACHED if never else How.GONE, why=f"not reached: {said}"), ())
+        elif name == "runner_on_failed":
+            wanted = f"it does not run {self._wish.kernel}: "
+            self._keep(Machine(host, How.FAILED, why=f"{wanted}{data.get('task')}: {said}"), ())
+        self._show()
+
+    def _seen(self, name: str, data: dict[str, Any]) -> None:
+        """Take one event of the first round."""
+        host, result = data["host"], data.get("res", {})
+        if name == "runner_on_start":
+            self._running.add(host)
+        elif name == "runner_on_ok":
+            self._answer(host, result)
+        elif name == "runner_on_unreachable":
+            said = _ssh_said(result)
+            if _NEVER.search(_said(result)):
+                self._keep(Machine(host, How.UNREACHED, why=f"not reached: {said}"), ())
+            else:
+                self._vanished[host] = said
+                self._say(f"{host} went away under the probe; it will be waited for")
+        elif name == "runner_on_failed":
+            self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
+        self._show()
+
+    def _seen_again(self, name: str, data: dict[str, Any]) -> None:
+        """Take one event of the second round: machines that went away."""
+        host, result = data["host"], data.get("res", {})
+        if name == "runner_on_ok" and data.get("task") == "probe":
+            self._answer(host, result)
+        elif name in ("runner_on_failed", "runner_on_unreachable"):
+            if data.get("task") == "wait":
+                why = f"it went away under the probe and was not back after {self._wish.wait:.0f} s"
+                said = self._vanished[host]
+                self._keep(Machine(host, How.GONE, why=f"{why}{f': {said}' if said else ''}"), ())
+            elif name == "runner_on_unreachable":
+                self._keep(Machine(host, How.GONE, why=f"it went away twice: {_ssh_said(result)}"), ())
+            else:
+                self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
+        self._show()
+
+    def _answer(self, host: str, result: dict[str, Any]) -> None:
+        """Take what the module found."""
+        events = [str(line) for line in result.get("events", ())]
+        step = ""
+        last: dict[str, Any] = {}
+        for line in events:
+            with contextlib.suppress(ValueError, AttributeError):
+                told = json.loads(line)
+                step = str(told.get("step", "")) if told.get("event") == "intent" else step
+                last = told if told.get("event") in ("record", "error") else last
+        code = int(result.get("exit_code", -1))
+        seconds, again = float(result.get("seconds", 0)), bool(result.get("again"))
+        how, said = result.get("how"), " / ".join(result.get("said", ())[-3:])
+        if how == "died":
+            step = str(result.get("step") or step)
+            why = "the machine went down and came back"
+            self._keep(Machine(host, How.DIED, step=step, why=why, again=again), events)
+        elif last.get("event") == "record":
+            self._keep(Machine(host, How.RECORD, code, seconds=seconds, again=again), events)
+        else:
+            kind = How.REFUSED if code == ExitCode.REQUIREMENT_MISSING else How.FAILED
+            why = (
+                f"the agent was stopped after {self._wish.limit:.0f} s"
+                if how == "too-long"
+                else f"the agent was killed{f' (exit code {code})' if code > 0 else ''}"
+                if how == "killed" or code in (137, 143) or code > 128
+                else f"it said: {last.get('message') or said or 'nothing'}"
+            )
+            self._keep(Machine(host, kind, code, step, why, seconds, again), events)
+
+    def _keep(self, found: Machine, events: Sequence[str]) -> None:
+        self._running.discard(found.host)
+        self._vanished.pop(found.host, None)
+        found = _short(found)
+        try:
+            self._folder.keep(found, events)
+        except (OSError, RecordError) as error:
+            why = error.message if isinstance(error, RecordError) else str(error.strerror)
+            self._engine.stop(f"cannot keep what {found.host} said: {why}")
+            return
+        self._answered.add(found.host)
+        self._counts[found.how] += 1
+
+    def _show(self) -> None:
+        total = 0 if self._listing.is_alive() else len(self._found)
+        if self._todo is not None:
+            total = len(self._todo) + self._continued
+        self._tick(
+            Tally(
+                total,
+                self._counts[How.RECORD],
+                self._counts[How.REFUSED] + self._counts[How.FAILED],
+                sum(self._counts[how] for how in LOST),
+                len(self._running),
+                time.monotonic() - self._begun,
+            )
+        )
+
+    def _end(self, stopped: str) -> tuple[Swept, nights.Ingested | None]:
+        """Write down that it ended, and take it in."""
+        folder, hosts = self._folder, self._hosts()
+        asked = hosts if self._todo is None else [*folder.answered, *self._todo]
+        for host in asked:
+            if host not in folder.answered and not stopped:
+                self._keep(Machine(host, How.FAILED, why="Ansible said nothing of it"), ())
+        plan = folder.plan
+        swept = Swept(folder.name, plan["night"], plan["started"], time.monotonic() - self._begun, stopped=stopped)
+        swept.machines = {**{host: Machine(host, How.UNTRIED) for host in asked}, **folder.answered}
+        swept.continued = self._continued
+        if self._engine.stopped:  # for want of room: what the machines keep is asked for when there is some
+            return swept, None
+        done = None
+        if folder.answered:
+            done = nights.ingest(folder.path / "hosts", self._wish.store, self._say, plan["night"])
+        folder.plan = {
+            **plan,
+            "hosts": asked,
+            "ended": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+        }
+        folder.save()
+        for old in [*_folders(self._wish.store)][_KEPT:]:
+            shutil.rmtree(old.path, ignore_errors=True)
+        return swept, done
+
+
+# What Ansible puts around ssh's own words.
+_AROUND = re.compile(
+    r"^(Task failed: )?(Failed to connect to the host via ssh: |Data could not be sent to remote host \S+ "
+    r"Make sure this host can be reached over ssh: ?)?"
+)
+
+
+def _ssh_said(result: dict[str, Any]) -> str:
+    """Return ssh's words, without Ansible's around them, the last two lines of many; "" if it had none."""
+    lines = [line.strip() for line in str(result.get("msg", "")).splitlines() if line.strip()]
+    return _AROUND.sub("", " ".join(lines[-2:]) + " ").strip()
+
+
+def _short(found: Machine) -> Machine:
+    """Return a machine whose words are no longer than a reader's patience, and plain."""
+    why = "".join(char if char.isprintable() else " " for char in found.why)
+    return Machine(**{**vars(found), "why": why[:400], "step": found.step[:100]})
+
+
+def _said(result: dict[str, Any]) -> str:
+    return " ".join(str(result.get("msg", "it said nothing")).split())
+
+
+def said_of_failure(result: dict[str, Any]) -> str:
+    """Say why a task failed on a machine: in the machine's words where Ansible got no answer of its module."""
+    said = _AROUND.sub("", _said(result) + " ").strip()
+    for key in ("module_stderr", "stderr", "module_stdout", "stdout"):
+        lines = [line.strip() for line in str(result.get(key) or "").splitlines() if line.strip()]
+        if lines:
+            return f"it answered: {lines[-1]}" if said.startswith("Module result") else f"{said}: {lines[-1]}"
+    return said
+
+
+def _agent(wish: Wish, say: Say) -> bytes:
+    """Return the agent's file: the one given, or one of these sources, which is kept."""
+    if wish.agent is not None:
+        try:
+            return wish.agent.read_bytes()
+        except OSError as error:
+            raise UsageError(f"cannot read {wish.agent}: {error.strerror}", "make one: agent-build -o PATH") from error
+    digest = hashlib.sha256(LOCK.read_bytes())
+    for name, content in sorted(own_files().items()):
+        digest.update(name.encode() + b"\0" + content)
+    path = default_cache() / "agents" / f"{digest.hexdigest()[:16]}.pyz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob("*.pyz"):
+            old.unlink(missing_ok=True)
+        build(path, say, replace=True)
+    return path.read_bytes()
