@@ -34,7 +34,7 @@ $(READY): pyproject.toml tests/install-packages
 	@tests/install-packages
 	@echo "setting up the Python environment in $(VENV)"
 	@python3 -m venv $(VENV)
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check --editable '.[guest,explore,report,lab,test,check,browser]'
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --editable '.[guest,explore,report,lab,recipes,test,check,browser]'
 	@touch $@
 
 clean:
