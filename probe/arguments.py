@@ -364,6 +364,34 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="judge KVM by this model, instead of the one that fits the record (see: models)",
     )
     _add_output(export)
+    b4 = commands.add_parser(
+        "b4-check",
+        help="tell b4 review what the records say of a series",
+        description="Speaks b4's review check protocol: reads the cover letter, or a patch, on standard input, finds "
+        "records whose kernel release names the series' base and its commits, and prints JSON. pass: nothing moved; "
+        "warn: something did, or a series that bears on the register has no record; fail: findings that the base does "
+        "not have. For git config b4.review-series-check-cmd; b4 runs it in the top folder of the kernel's repository.",
+    )
+    b4.add_argument(
+        "records", nargs="+", metavar="RECORD|DIR", help="records, or folders of them, with their full path"
+    )
+    b4.add_argument(
+        "--base",
+        type=_kernel,
+        metavar="COMMIT|TAG|RELEASE",
+        help="the kernel without the series (default: what b4 or base-commit: says)",
+    )
+    b4.add_argument(
+        "--tip",
+        type=_kernel,
+        metavar="COMMIT|TAG|RELEASE",
+        help="the kernel with it (default: what b4 says)",
+    )
+    b4.add_argument(
+        "--per-patch",
+        action="store_true",
+        help="for b4.review-perpatch-check-cmd: compare the patch's own kernel with the one before it",
+    )
     html = commands.add_parser(
         "html",
         help="write one page of records, to look at",
@@ -546,6 +574,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _origin(text: str) -> str:
     if not re.match(r"[a-z0-9_]+\Z", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a name of a-z, 0-9 and _")
+    return text
+
+
+def _kernel(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,127}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit, tag or kernel release")
     return text
 
 

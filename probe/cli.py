@@ -29,6 +29,7 @@ from probe.masks import format_list
 
 if TYPE_CHECKING:
     from probe import record as rec
+    from probe.b4_check import Shelf
     from probe.cases import Report
     from probe.cpuid.dumps import Dump
     from probe.diff.moved import AnyRecord
@@ -1048,6 +1049,61 @@ def _export(arguments: argparse.Namespace) -> int:
     return int(ExitCode.AS_PREDICTED)
 
 
+def _b4_check(arguments: argparse.Namespace) -> int:
+    """Answer b4 about a series: JSON on standard output, and then exit code 0 whatever it says."""
+    import json
+
+    from probe import b4_check
+    from probe.kernel_tree import KernelTree, series_of
+
+    message = b4_check.read_message(sys.stdin.buffer.read(b4_check.LARGEST_MESSAGE + 1))
+    tracking = b4_check.Tracking()
+    name = os.environ.get("B4_TRACKING_FILE", "")
+    if name:
+        try:
+            with open(name, "rb") as file:
+                tracking = b4_check.read_tracking(file.read(b4_check.LARGEST_TRACKING + 1))
+        except OSError as error:
+            tracking = b4_check.Tracking(complaint=f"b4's tracking file cannot be read: {error.strerror}")
+    shelf = _shelf(arguments.records)
+    releases = [one.record.kernel.release for one in shelf.files]
+    series = series_of(KernelTree(Path()), tracking, message, releases, arguments.base or "", arguments.tip or "")
+    notes = [tracking.complaint] if tracking.complaint else []
+    told = b4_check.check(message, series, shelf, per_patch=arguments.per_patch, notes=notes)
+    sys.stdout.write(json.dumps(told, indent=2) + "\n")
+    return int(ExitCode.AS_PREDICTED)
+
+
+def _shelf(paths: Sequence[str]) -> Shelf:
+    """Read the records below folders, and files; what is none is kept by name and reason."""
+    import hashlib
+
+    from probe import store
+    from probe.b4_check import File, Shelf
+
+    found: dict[Path, tuple[str, Path]] = {}
+    for folder in map(Path, paths):
+        if not folder.exists():
+            raise RecordError(f"no file or folder {folder}", "give where the records are, with its full path")
+        for path in sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]:
+            name = str(path.relative_to(folder)) if folder.is_dir() else path.name
+            found.setdefault(path.resolve(), (name, path))
+    files, left_out = [], []
+    taken: set[str] = set()
+    for name, path in found.values():
+        name = name if name not in taken else str(path)
+        taken.add(name)
+        if not path.is_file():  # a FIFO would be waited for
+            left_out.append((name, "no ordinary file"))
+            continue
+        try:
+            raw, _ = store.read_raw(str(path))
+            files.append(File(name, store.decode_any(raw, name), hashlib.sha256(raw).hexdigest()))
+        except RecordError as error:
+            left_out.append((name, error.message))
+    return Shelf(next((path for path in paths if Path(path).is_dir()), "DIR"), tuple(files), tuple(left_out))
+
+
 def _exported(form: str, reports: Sequence[Report], origin: str) -> str:
     if form == "ktap":
         from probe.report import ktap
@@ -1215,6 +1271,7 @@ _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "diff": _diff,
     "export": _export,
+    "b4-check": _b4_check,
     "agent-build": _agent_build,
     "sweep": _lab("sweep"),
     "ingest": _lab("ingest"),

@@ -42,6 +42,7 @@ PURE = (
     "probe.nights",
     "probe.night",
     "probe.sweep",
+    "probe.b4_check",
     "probe.arguments",
     "probe.report",
 )
@@ -53,6 +54,7 @@ EDGES = {
     "probe.run",
     "probe.store",
     "probe.stream",
+    "probe.kernel_tree",
     "probe.cpuid.live",
     "probe.cpuid.machine",
     "probe.cli",
