@@ -347,7 +347,7 @@ def check(
             if after:
                 tip = branch or commit[:12]
                 break
-    relevant = bearing((*series.paths, *message.paths))
+    relevant = bearing(dict.fromkeys((*series.paths, *message.paths)))
     if not after and (per_patch or not relevant):
         return []
     below = (series.base, *commits[: at - 1]) if per_patch else (series.base,)

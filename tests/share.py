@@ -88,6 +88,7 @@ FILES = (
 ENVIRONMENT = (
     ("PROBE_CACHE", f"Another folder instead of ~/.cache/{NAME}."),
     ("XDG_CACHE_HOME", "Another folder instead of ~/.cache."),
+    ("B4_TRACKING_FILE", "What b4 knows of a series; b4 sets it for b4-check."),
     ("NO_COLOR", "Reports on a terminal are in colour unless this is set; from Python 3.14 on --help, too."),
 )
 SEE_ALSO = (("cpuid", 1), ("qemu-system-x86_64", 1), ("rdmsr", 1), ("wrmsr", 1), ("cpuid", 4), ("msr", 4))
