@@ -20,8 +20,9 @@ class Change:
 class Night:
     """A night against the one before it ("" if there is none).
 
-    machines and records are counts; lost has (step and why, machine), missing (machine, night it was last seen),
-    new machines never seen before, findings (machine, kind, night since which it is open, reasons).
+    machines and records are counts; lost has (step and why, machine), still those of whom the night before had the same
+    to say; missing has (machine, night it was last seen) of those that the night before had, absent of those seen last
+    before that; new machines never seen before, findings (machine, kind, night since which it is open, reasons).
     """
 
     date: str
@@ -30,13 +31,15 @@ class Night:
     records: int
     changes: tuple[Change, ...] = ()
     lost: tuple[tuple[str, str], ...] = ()
+    still: tuple[tuple[str, str], ...] = ()
     missing: tuple[tuple[str, str], ...] = ()
+    absent: tuple[tuple[str, str], ...] = ()
     new: tuple[str, ...] = ()
     findings: tuple[tuple[str, str, str, str], ...] = ()
 
     @property
     def moved(self) -> bool:
-        """Whether there is anything that somebody should look at."""
+        """Whether there is anything new that somebody should look at."""
         return bool(self.changes or self.lost or self.missing or self.new)
 
 

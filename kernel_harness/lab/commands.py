@@ -85,7 +85,7 @@ def sweep(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
         return ExitCode.AS_PREDICTED
 
     done, taken = _swept(wish, voice)
-    voice.show(night_text.swept(done))
+    voice.show(night_text.swept(done, brief=bool(taken and taken.dates)))
     if taken is not None and taken.dates:
         voice.show("\n" + night_text.summary(night(wish.store, done.night)))
     return done.code()
@@ -190,10 +190,10 @@ def _nightly_run(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
     if arguments.textfile and not Path(arguments.textfile).is_dir():
         raise UsageError(f"no folder {arguments.textfile}", "that of node_exporter's --collector.textfile.directory")
     done, taken = _swept(wish, voice)
-    text = night_text.swept(done)
     if taken is None or not taken.dates:
-        voice.show(text)
+        voice.show(night_text.swept(done))
         return done.code()
+    text = night_text.swept(done, brief=True)
     night, old = work.conclude(wish.store, done.night, text + "\n", arguments.keep, arguments.kcidb or "")
     if arguments.textfile:
         series = prometheus.of_night(night, done).encode()

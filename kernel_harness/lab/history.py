@@ -10,9 +10,10 @@ from typing import Any
 
 from kernel_harness.lab.nights import connect, nights_of
 from probe.errors import RecordError, UsageError
-from probe.masks import format_bits, format_list
+from probe.masks import format_list
 from probe.night import Change, Night, grouped
 from probe.nights import NIGHT
+from probe.report.diff_text import named
 
 
 def _machines(source: str = "runs") -> str:
@@ -255,9 +256,10 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
         after=date,
         sql=f"SELECT count(DISTINCT host), count(DISTINCT host || sha256) FILTER (sha256 <> '') {select}",
     ).rows[0]
-    lost = ask(store, "sql", after=date, sql=f"SELECT lost, host {select} AND lost <> '' ORDER BY ALL").rows
+    lost = _lost(store, date)
+    known = _lost(store, before) if before else []
     first = f"SELECT host FROM runs GROUP BY host HAVING min(night) = '{date}' ORDER BY 1"
-    missing = ask(store, "missing", after=date).rows
+    missing = [(str(row[0]), str(row[2])) for row in ask(store, "missing", after=date).rows if row[1] == "not seen"]
     changes: list[Change] = []
     if before:
         answer = ask(store, "changes", before=before, after=date)
@@ -276,22 +278,33 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
         machines=int(machines),
         records=int(records),
         changes=tuple(changes),
-        lost=tuple((str(why), str(host)) for why, host in lost),
-        missing=tuple((str(row[0]), str(row[2])) for row in missing if row[1] == "not seen"),
+        lost=tuple(one for one in lost if one not in known),
+        still=tuple(one for one in lost if one in known),
+        missing=tuple(one for one in missing if one[1] >= before),
+        absent=tuple(one for one in missing if one[1] < before),
         new=tuple(str(row[0]) for row in ask(store, "sql", after=date, sql=first).rows) if before else (),
-        findings=tuple((str(one[0]), str(one[1]), str(one[2]), str(one[4])) for one in findings.rows),
+        findings=tuple(
+            (str(host), str(kind), str(since), f"bits {bits}: {told}" if bits else str(told))
+            for host, kind, since, bits, told in findings.rows
+        ),
     )
+
+
+def _lost(store: Path, date: str) -> list[tuple[str, str]]:
+    """Return what is known of each machine that was lost, and its name."""
+    sql = f"SELECT lost, host FROM runs WHERE night = '{date}' AND lost <> '' ORDER BY ALL"
+    return [(str(why), str(host)) for why, host in ask(store, "sql", after=date, sql=sql).rows]
 
 
 def _told(change: dict[str, Any]) -> tuple[str, ...]:
     """Say one row of changes: bits first, then what came with it."""
     bits = [
-        ("kept_now", "keeps {} now"),
-        ("no_longer_kept", "no longer keeps {}"),
-        ("faults_now", "#GP on {} now"),
-        ("no_longer_faults", "no #GP any more on {}"),
+        ("kept_now", "keeps bits {} now"),
+        ("no_longer_kept", "no longer keeps bits {}"),
+        ("faults_now", "#GP on bits {} now"),
+        ("no_longer_faults", "no #GP any more on bits {}"),
     ]
-    told = [text.format(format_bits(int(change[name], 16))) for name, text in bits if int(change[name], 16)]
+    told = [text.format(named(int(change[name], 16))) for name, text in bits if int(change[name], 16)]
     told += [
         f"{name}: {change[name]}" for name in ("status", "explained", "microcode", "kernel", "bios") if change[name]
     ]

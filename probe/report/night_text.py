@@ -35,11 +35,17 @@ def summary(night: Night) -> str:
     lines += _section("lost", _by_text(night.lost))
     lines += _section("not seen", [(f"last seen {last}", hosts) for last, hosts in _by_text_of(night.missing)])
     lines += _section("new", [("never seen before", night.new)] if night.new else [])
+    rest = []
+    if night.still:
+        rest.append(f"lost, as the night before: {folded(host for _, host in night.still)}")
+    if night.absent:
+        rest.append(f"not seen for longer: {folded(host for host, _ in night.absent)} (history missing)")
     if night.findings:
         since = sum(one[2] < night.date for one in night.findings)
         hosts = len({one[0] for one in night.findings})
         text = f"open findings: {of(hosts, 'machine')}, {since} of {len(night.findings)} since an earlier night"
-        lines += ["", *paragraph(f"{text} (history findings)")]
+        rest.append(f"{text} (history findings)")
+    lines += ["", *(line for one in rest for line in paragraph(one, "", "  "))] if rest else []
     return joined(lines)
 
 
@@ -48,7 +54,7 @@ def verdict(night: Night) -> str:
     if not night.before:
         return "nothing to compare with yet"
     if not night.moved:
-        return "nothing changed, nobody is missing"
+        return "nothing changed" + (f", {len(night.still)} still lost" if night.still else ", nobody is missing")
     hosts = {host for one in night.changes for host in one.hosts}
     parts = [f"{of(len(hosts), 'machine')} changed"] if hosts else ["no machine changed"]
     parts += [
@@ -81,13 +87,12 @@ def _section(title: str, found: Sequence[tuple[str, Sequence[str]]]) -> list[str
     return lines
 
 
-def swept(done: Swept, command: str = "") -> str:
-    """Return a sweep as the text of a mail: how many machines, who gave no record and why."""
+def swept(done: Swept, *, brief: bool = False) -> str:
+    """Return a sweep as the text of a mail: how many machines, who gave no record and why; brief leaves out the why,
+    where a night's summary follows that has it."""
     total = len(done.machines)
     records = done.of(How.RECORD)
     lines = [f"sweep of {done.started}: {of(total, 'machine')}, {done.seconds:.0f} s"]
-    if command:
-        lines += paragraph(f"$ {command}", "  ", "      ")
     counts = [f"{len(records)} gave a record"]
     counts += [f"{len(found)} {_TITLES[how]}" for how in _TITLES if (found := done.of(how))]
     lines += ["", *paragraph(", ".join(counts))]
@@ -97,8 +102,9 @@ def swept(done: Swept, command: str = "") -> str:
         lines += paragraph(f"stopped: {done.stopped}")
     restore = [one.host for one in records if one.code == ExitCode.NOT_RESTORED]
     lines += _section("REGISTER NOT PUT BACK, or not shown to be", [("see its record", restore)] if restore else [])
-    for how in (*LOST, How.REFUSED, How.FAILED):
-        lines += _section(_TITLES[how], _by_text([(one.told(), one.host) for one in done.of(how)]))
+    for how in () if brief else (*LOST, How.REFUSED, How.FAILED):
+        told = [(one.told().removeprefix(f"{_TITLES[how]}: "), one.host) for one in done.of(how)]
+        lines += _section(_TITLES[how], _by_text(told))
     untried = [one.host for one in done.of(How.UNTRIED)]
     lines += _section(_TITLES[How.UNTRIED], [("sweep --retry takes them", untried)] if untried else [])
     return joined(lines)

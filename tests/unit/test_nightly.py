@@ -56,7 +56,7 @@ def test_the_planted_changes_and_nothing_else(store: Path) -> None:
     assert (found.date, found.before, found.machines, found.records) == ("2026-11-25", "2026-11-24", 5, 4)
     (change,) = found.changes
     assert change.hosts == ("moves", "moves-too"), "one cause, one line"
-    assert change.what[:2] == ("no longer keeps 1", "#GP on 1 now")
+    assert change.what[:2] == ("no longer keeps bits 1 (STIBP)", "#GP on bits 1 (STIBP) now")
     assert (found.lost, found.missing, found.new) == ((("bit 37", "dies"),), (("goes", "2026-11-24"),), ("comes",))
     text = night_text.summary(found)
     assert text.splitlines()[:4] == [
@@ -66,7 +66,7 @@ def test_the_planted_changes_and_nothing_else(store: Path) -> None:
         "",
     ]
     assert all(len(line) <= 75 and line == line.rstrip() for line in text.splitlines())
-    assert "  moves, moves-too: no longer keeps 1, #GP on 1 now" in text
+    assert "  moves, moves-too: no longer keeps bits 1 (STIBP), #GP on bits 1 (STIBP)" in text
     assert "same" not in text
 
 
@@ -75,6 +75,30 @@ def test_a_night_without_changes_says_so_and_the_first_has_nothing_to_compare_wi
     assert not QUIET.moved
     assert night_text.verdict(Night("2026-11-25", "", 1, 1)) == "nothing to compare with yet"
     assert night_text.verdict(Night("b", "a", 1, 1, lost=(("bit 1", "x"),))) == "no machine changed, 1 lost"
+
+
+def test_what_the_night_before_had_to_say_as_well_is_no_news(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "2026-11-26"
+    out.mkdir()
+    for name in ("same", "comes"):
+        (out / f"{name}.json").write_bytes(rec.encode(run("2026-11-26")))
+    for name in ("moves", "moves-too"):
+        (out / f"{name}.json").write_bytes(rec.encode(without(run("2026-11-26"), 0x2)))
+    (out / "dies.ndjson").write_bytes(stream(INTENT))
+    nights.ingest(out, store, print, "2026-11-26")
+    found = history.night(store)
+    assert (found.lost, found.still, found.missing, found.absent) == (
+        (),
+        (("bit 37", "dies"),),
+        (),
+        (("goes", "2026-11-24"),),
+    )
+    assert not found.moved, "no mail"
+    text = night_text.summary(found)
+    assert "nothing changed, 1 still lost\n" in text
+    assert "lost, as the night before: dies\nnot seen for longer: goes (history missing)\n" in text
+    page = Page(render(found, [], ""))
+    assert "bit 37 (as the night before)" in page.sections["lost"]
 
 
 def test_machines_on_which_the_same_happened_are_one_line() -> None:
@@ -141,6 +165,8 @@ def test_a_hostile_name_or_reason_stays_text(store: Path) -> None:
         1,
         1,
         (Change("run", (evil,), (evil,)),),
+        ((evil, evil),),
+        ((evil, evil),),
         ((evil, evil),),
         ((evil, evil),),
         (evil,),
@@ -310,3 +336,23 @@ def test_bad_wishes_are_told_first(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no folder" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == "[]"
+
+
+EVIDENCE = Path(__file__).parents[2] / "results/lab-two-nights"
+
+
+def test_the_nights_in_results_are_what_their_records_say(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(EVIDENCE, store)
+    nights.ingest(store, store, print)
+    before, date = nights.nights_of(store)
+    (change,) = history.night(store).changes
+    assert change.hosts == ("lab8",), "the one planted change"
+    for one in (before, date):
+        text = (EVIDENCE / f"{one}.txt").read_text(encoding="utf-8")
+        assert text.endswith(night_text.summary(history.night(store, one)))
+        nightly.conclude(store, one, text.partition("night ")[0], 365, "spec_ctrl_probe")
+        for ending in (".txt", ".html", ".kcidb.json"):
+            shown = (EVIDENCE / f"{one}{ending}").read_text(encoding="utf-8")
+            assert (store / f"{one}{ending}").read_text(encoding="utf-8") == shown, f"{one}{ending}"
+    assert len(list(EVIDENCE.glob("*/records/*.json"))) == 26

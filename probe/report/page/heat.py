@@ -153,8 +153,9 @@ def of_night(rows: Sequence[NightRow]) -> Map:
     for row in rows:
         if row.lost or row.kind not in ("run", "kvm"):
             continue
-        where = "KVM on " if row.kind == "kvm" else "guest of a hypervisor, " if row.hypervisor else ""
-        cpu = f"{where}{row.vendor} {row.family:02x}-{row.model:02x}-{row.stepping:02x}, microcode {row.microcode}"
+        where = "KVM on " if row.kind == "kvm" else ""
+        under = f" under {row.hypervisor}" if row.hypervisor else ""
+        cpu = f"{where}{row.vendor} {row.family:02x}-{row.model:02x}-{row.stepping:02x} ucode {row.microcode}{under}"
         dropped = row.accepts & ~row.retained
         masks = (row.retained & row.accepts, dropped, row.faults & ~row.unmeasured, 0, row.wrong)
         names = hosts.setdefault((cpu, masks), [])
