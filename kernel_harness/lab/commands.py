@@ -100,6 +100,9 @@ def _swept(wish: Wish, voice: Voice) -> tuple[Swept, Ingested | None]:
 
     try:
         done, taken = run(wish, _after(voice), tick)
+    except KeyboardInterrupt:
+        _after(voice)("the same command goes on where this one was; agents that run put back what they wrote, and wait")
+        raise
     finally:
         voice.progress("")
     for one in taken.bad if taken else ():
@@ -201,7 +204,7 @@ def _nightly_run(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
         voice.say(f"written: {path}")
     summary = night_text.summary(night)
     voice.show(f"{text}\n{summary}")
-    voice.say(f"written: {wish.store / done.night}.html, .txt{', .kcidb.json' if arguments.kcidb else ''}")
+    voice.say(f"written: {wish.store / done.night}.html, .txt{', .kcidb' if arguments.kcidb else ''}")
     if old:
         voice.say(f"removed: {night_text.of(len(old), 'night')} up to {old[-1]}")
     if arguments.mail and night.before and night.moved:

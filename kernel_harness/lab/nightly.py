@@ -27,7 +27,7 @@ from probe.store import read_raw, write_atomically
 
 SERVICE, TIMER = "spec-ctrl-probe-nightly.service", "spec-ctrl-probe-nightly.timer"
 TEXTFILE = "spec_ctrl_probe_lab.prom"
-_ENDINGS = (".parquet", ".html", ".txt", ".kcidb.json")
+_ENDINGS = (".parquet", ".html", ".txt", ".kcidb")
 _MOST_KINDS = 60  # of machines in the page's matrix; migrate has no limit
 
 
@@ -70,7 +70,7 @@ def prune(store: Path, keep: int) -> list[str]:
 def conclude(store: Path, date: str, text: str, keep: int, origin: str = "") -> tuple[Night, list[str]]:
     """Write DATE.txt and DATE.html into the store, remove what is too old, and return the night and what was removed.
 
-    text stands before the summary. With an origin, the lab's name with KCIDB, there is DATE.kcidb.json, too.
+    text stands before the summary. With an origin, the lab's name with KCIDB, there is DATE.kcidb, too.
     Raise RecordError if something cannot be written.
     """
     from probe.report.night_text import summary
@@ -80,7 +80,7 @@ def conclude(store: Path, date: str, text: str, keep: int, origin: str = "") -> 
     write_atomically((text + summary(found)).encode(), store / f"{date}.txt", replace=True)
     rows = nights.rows(store, date, bad=[])
     if origin:
-        write_atomically(kcidb_night.render(rows, origin).encode(), store / f"{date}.kcidb.json", replace=True)
+        write_atomically(kcidb_night.render(rows, origin).encode(), store / f"{date}.kcidb", replace=True)
     page = render(found, rows, pool(store, date))
     write_atomically(page.encode(), store / f"{date}.html", replace=True)
     with locked(store / ".lock", lambda _: None):

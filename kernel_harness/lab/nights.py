@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _HOST = re.compile(r"[^A-Za-z0-9._-]+")
 _LOST, _ASIDE = "lost.ndjson", "aside.ndjson"
 _ENDING = re.compile(r"\.(json|ndjson|jsonl|log|out|txt)\Z")
-_OF_A_NIGHT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.(html|txt|kcidb\.json)\Z")
+_OF_A_NIGHT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.(html|txt|kcidb)\Z")
 _OF_STORE = re.compile(r"(?:[0-9-]{10}/)?(?:records/)?(?P<host>[A-Za-z0-9._-]{1,100})-[0-9a-f]{16}\.json\Z")
 
 

@@ -40,7 +40,7 @@ from probe.sweep import LOST, How, Machine, Swept, Tally, canaries, event, folde
 
 _GRACE = 120  # seconds beyond the agent's own limit, for the connection and for putting back
 _KEPT = 3  # sweeps whose raw answers are kept
-_FRESH = 12 * 3600  # seconds after which a sweep that did not end is not gone on with
+_FRESH = 3 * 3600  # seconds since its last answer after which a sweep that did not end is not gone on with
 # ssh's words when it never got as far as a shell (ssh.c, sshconnect.c, kex.c of OpenSSH 9): nothing was started there.
 _NEVER = re.compile(
     r"ssh: connect to host|Could not resolve hostname|Host key verification failed|REMOTE HOST IDENTIFICATION"
@@ -87,6 +87,10 @@ class _Folder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    def touched(self) -> float:
+        """Return when it was last written to, in seconds since 1970."""
+        return max(path.stat().st_mtime for path in self.path.iterdir())
 
     def save(self) -> None:
         write_atomically(json.dumps(self.plan, indent=1).encode() + b"\n", self.path / "plan.json", replace=True)
@@ -249,8 +253,7 @@ class _Sweep:
                 )
             return self._make(), todo, 0
         if last and not last.plan.get("ended") and last.plan.get("asked") == self._wish.sameness():
-            age = time.time() - last.plan.get("begun", 0)
-            if not self._wish.afresh and age < _FRESH:
+            if not self._wish.afresh and time.time() - last.touched() < _FRESH:
                 todo = [host for host in self._hosts() if host not in last.answered]
                 self._say(
                     f"going on with the sweep of {last.plan['started']}: {of(len(last.answered), 'machine')} answered, "
@@ -267,7 +270,6 @@ class _Sweep:
         path = self._wish.store / "sweeps" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         plan = {
             "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-            "begun": time.time(),
             "night": self._wish.night or f"{now:%Y-%m-%d}",
             "asked": self._wish.sameness(),
             "hosts": [],

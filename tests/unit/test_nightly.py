@@ -197,7 +197,7 @@ def test_the_monitors_file() -> None:
 def test_kcidb_has_one_test_for_each_machine(store: Path) -> None:
     kcidb_io = pytest.importorskip("kcidb_io", reason="kcidb-io needs Python 3.10")
     nightly.conclude(store, "2026-11-25", "", 2, "our_lab")
-    document = json.loads((store / "2026-11-25.kcidb.json").read_text())
+    document = json.loads((store / "2026-11-25.kcidb").read_text())
     kcidb_io.schema.LATEST.validate(document)
     tests = {test["environment"]["misc"]["platform"]: test for test in document["tests"]}
     assert len(tests) == len(document["tests"]) == 5
@@ -352,7 +352,7 @@ def test_the_nights_in_results_are_what_their_records_say(tmp_path: Path) -> Non
         text = (EVIDENCE / f"{one}.txt").read_text(encoding="utf-8")
         assert text.endswith(night_text.summary(history.night(store, one)))
         nightly.conclude(store, one, text.partition("night ")[0], 365, "spec_ctrl_probe")
-        for ending in (".txt", ".html", ".kcidb.json"):
+        for ending in (".txt", ".html", ".kcidb"):
             shown = (EVIDENCE / f"{one}{ending}").read_text(encoding="utf-8")
             assert (store / f"{one}{ending}").read_text(encoding="utf-8") == shown, f"{one}{ending}"
     assert len(list(EVIDENCE.glob("*/records/*.json"))) == 26
