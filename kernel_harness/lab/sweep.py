@@ -252,17 +252,17 @@ class _Sweep:
                     "the last sweep has a record of every machine", "sweep without --retry asks them again"
                 )
             return self._make(), todo, 0
-        if last and not last.plan.get("ended") and last.plan.get("asked") == self._wish.sameness():
-            if not self._wish.afresh and time.time() - last.touched() < _FRESH:
-                todo = [host for host in self._hosts() if host not in last.answered]
-                self._say(
-                    f"going on with the sweep of {last.plan['started']}: {of(len(last.answered), 'machine')} answered, "
-                    f"{len(todo)} are left (--afresh asks all of them again)"
-                )
-                for one in last.answered.values():
-                    self._counts[one.how] += 1
-                self._answered |= set(last.answered)
-                return last, todo, len(last.answered)
+        same = last and not last.plan.get("ended") and last.plan.get("asked") == self._wish.sameness()
+        if last and same and not self._wish.afresh and time.time() - last.touched() < _FRESH:
+            todo = [host for host in self._hosts() if host not in last.answered]
+            self._say(
+                f"going on with the sweep of {last.plan['started']}: {of(len(last.answered), 'machine')} answered, "
+                f"{len(todo)} are left (--afresh asks all of them again)"
+            )
+            for one in last.answered.values():
+                self._counts[one.how] += 1
+            self._answered |= set(last.answered)
+            return last, todo, len(last.answered)
         return self._make(), None, 0
 
     def _make(self) -> _Folder:
