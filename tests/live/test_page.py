@@ -48,10 +48,10 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
     contexts = []
     said: list[str] = []
 
-    def opened(*records: Any, **options: Any) -> Any:
+    def opened(*records: Any, text: str = "", **options: Any) -> Any:
         path = tmp_path / "page.html"
         named = [(f"{number}.json", record, "0" * 64) for number, record in enumerate(records)]
-        path.write_text(render(named), encoding="utf-8")
+        path.write_text(text or render(named), encoding="utf-8")
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -415,3 +415,37 @@ def test_what_is_not_asked_is_a_dot(show: Show) -> None:
     assert set(cells[: 2 * width] + cells[3 * width :]) == {"·"}
     assert cells[2 * width][0] == "D"
     assert {cell[0] for cell in cells[2 * width + 1 : 3 * width]} == {"F"}
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_of_a_night(show: Show, width: int) -> None:
+    """The one in results/: changes first, letters as the records say, the filter works, it fits a phone."""
+    text = sorted(Path("results/lab-two-nights").glob("*.html"))[-1].read_text(encoding="utf-8")
+    page = show(text=text, viewport={"width": width, "height": 800})
+    headings = page.locator("h2").all_inner_texts()
+    assert headings == [
+        "Changed",
+        "Not there",
+        "Bits, by CPU model and microcode",
+        "Migration in this pool",
+        "Open findings",
+    ]
+    assert "lab8" in page.locator("section").first.inner_text()
+    told = letters(page)
+    assert sorted(len(name.split(", ")) - 1 for name in told) == [1, 12]
+    (changed,) = (cells for name, cells in told.items() if name.endswith("lab8"))
+    columns = page.evaluate('() => JSON.parse(document.getElementById("night-data").textContent).columns')
+    seen = {head: cell for (head, _), cell in zip(columns, changed)}
+    record = read(next(Path("results/lab-two-nights").glob("*-28/records/lab8-*.json")))
+    retained = parse_hex64(record.observations[0].outcomes.retained)
+    assert {int(head) for head, cell in seen.items() if cell.startswith("A")} == {
+        bit for bit in range(64) if retained >> bit & 1
+    }
+    page.get_by_label("Filter").fill("lab8")
+    assert page.locator(".heat tbody tr").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width < 600:
+        row = page.locator(".told tbody tr").first
+        assert "bits lab" not in row.evaluate(
+            "one => getComputedStyle(one.cells[1], '::before').content + one.innerText"
+        )
