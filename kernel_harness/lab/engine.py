@@ -126,7 +126,7 @@ def list_hosts(inventory: Sequence[str], limit: str = "") -> Listing:
         command += ["--limit", limit]
     environment = {**os.environ, **_environment()}
     process = subprocess.Popen(
-        command,
+        ["nice", *command],  # a sweep that has begun goes first
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -156,7 +156,7 @@ def wait(place: Path, end: float) -> str:
             time.sleep(2)  # its watchdog puts the registers back within one
             return "too-long"
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.2)
+        pause = min(pause * 1.2, 0.05)
 
 
 def kill(place: Path, number: int) -> None:
