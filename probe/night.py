@@ -50,3 +50,13 @@ def grouped(found: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[Change]:
         hosts.setdefault((kind, what), []).append(host)
     changes = [Change(kind, what, tuple(sorted(names))) for (kind, what), names in hosts.items()]
     return sorted(changes, key=lambda one: (-len(one.hosts), one.hosts))
+
+
+_QUIET = ("not reached", "it said nothing", "it answered")  # nothing was started there, in whatever words
+
+
+def is_no_news(lost: tuple[str, str], before: Sequence[tuple[str, str]]) -> bool:
+    """Tell whether the night before had the same to say of a lost machine: (step and why, machine)."""
+    why, host = lost
+    quiet = why.startswith(_QUIET)
+    return any(name == host and (told == why or (quiet and told.startswith(_QUIET))) for told, name in before)

@@ -170,13 +170,15 @@ class Bad:
 class Arrived:
     """What one file held: records as they came, the last step announced after the last record, and bad lines.
 
-    ended says how a stream that has no record ended: an error of the agent's own, what a sweep knows, or "".
+    ended says how a stream that has no record ended: an error of the agent's own, what a sweep knows, or ""; at is when
+    the sweep knew, or "".
     """
 
     records: tuple[bytes, ...]
     last_step: str
     ended: str
     bad: tuple[Bad, ...]
+    at: str = ""
 
 
 def read(raw: bytes) -> Arrived:
@@ -186,7 +188,7 @@ def read(raw: bytes) -> Arrived:
         return Arrived((raw,), "", "", ())
     records: list[bytes] = []
     bad: list[Bad] = []
-    step = ended = ""
+    step = ended = at = ""
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -209,13 +211,14 @@ def read(raw: bytes) -> Arrived:
             ended = f"it said: {_plain(event['message'][:500])}"
         elif name == "lost" and isinstance(event.get("why"), str) and isinstance(event.get("step"), str):
             step, ended = _plain(event["step"][:100]), _plain(event["why"][:500])
+            at = _plain(str(event.get("at", ""))[:20])
         elif isinstance(event, dict) and isinstance(event.get("schema_version"), str):
             records.append(line + b"\n")
         elif name == "restored":
             step = ""
         elif name not in _EVENTS:
             bad.append(Bad(number, "no event, no record", line.decode(errors="backslashreplace")))
-    return Arrived(tuple(records), step, ended, tuple(bad))
+    return Arrived(tuple(records), step, ended, tuple(bad), at)
 
 
 _EVENTS = {"start", "saved", "rebased"}  # besides those that read() looks at

@@ -31,7 +31,8 @@ LOST = (How.DIED, How.GONE, How.UNREACHED)
 @dataclass(frozen=True)
 class Machine:
     """One machine: code is the agent's exit code (-1: it gave none), step the last that it announced if it gave no
-    record, why in words, seconds of its run; again if the answer is that of a run that an earlier try had started."""
+    record, why in words, seconds of its run; again if the answer is that of a run that an earlier try had started; at
+    when it was known, RFC 3339."""
 
     host: str
     how: How
@@ -40,6 +41,7 @@ class Machine:
     why: str = ""
     seconds: float = 0.0
     again: bool = False
+    at: str = ""
 
     def told(self) -> str:
         """Say what became of it, where there is no record."""
@@ -112,14 +114,30 @@ def folded(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
-def canaries(cpus: Mapping[str, str], share: float) -> list[str]:
-    """Return whom to try first: of each CPU model a share of its machines, rounded up. cpus: model by machine."""
+def canaries(cpus: Mapping[str, str], share: float, tried: Mapping[str, Machine] | None = None) -> list[str]:
+    """Return whom to try first: of each CPU model a share of its machines, rounded up. cpus: model by machine.
+
+    Of a model none of whose machines that were tried gave a record as many again come next, until there are no more.
+    """
+    tried = tried or {}
     by_model: dict[str, list[str]] = {}
     for host in sorted(cpus):
         by_model.setdefault(cpus[host], []).append(host)
-    return sorted(host for hosts in by_model.values() for host in hosts[: max(1, -int(-len(hosts) * share // 1))])
+    found: list[str] = []
+    for hosts in by_model.values():
+        done = [host for host in hosts if host in tried]
+        if any(tried[host].how is How.RECORD for host in done):
+            continue
+        count = len(done) or max(1, -int(-len(hosts) * share // 1))
+        found += [host for host in hosts if host not in tried][:count]
+    return sorted(found)
+
+
+def alarm(machine: Machine) -> bool:
+    """Tell whether what became of a machine must not happen to more of them."""
+    return machine.how in (How.DIED, How.GONE) or machine.code == ExitCode.NOT_RESTORED
 
 
 def event(machine: Machine) -> dict[str, Any]:
     """Return the line that ends the stream of a machine without a record, for ingest."""
-    return {"event": "lost", "how": machine.how.value, "step": machine.step, "why": machine.why}
+    return {"event": "lost", "how": machine.how.value, "step": machine.step, "why": machine.why, "at": machine.at}

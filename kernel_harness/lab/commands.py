@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import shlex
 from collections.abc import Callable, Sequence
@@ -124,6 +125,7 @@ def _wish(arguments: argparse.Namespace) -> Wish:
     """Return what the arguments ask for; raise UsageError if run would not take its own."""
     from kernel_harness.lab.sweep import Wish
 
+    _check_date(arguments.night)
     own = [*(["--write"] if arguments.write else []), *arguments.run_arguments]
     _check_run(own)
     agent = Path(arguments.agent) if arguments.agent else None
@@ -145,6 +147,17 @@ def _wish(arguments: argparse.Namespace) -> Wish:
     )
 
 
+def _check_date(night: str) -> None:
+    """Raise UsageError for what is no date, and for one that is to come."""
+    if night:
+        try:
+            date = datetime.date.fromisoformat(night)
+        except ValueError as error:
+            raise UsageError(f"--night {night}: {error}", "a date such as 2026-11-25") from error
+        if date > datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=1):
+            raise UsageError(f"--night {night} is to come", "a date such as today's")
+
+
 _NOT_YOURS = ("place", "stream", "json", "record", "cpuid", "state_dir", "identify")
 
 
@@ -164,12 +177,17 @@ def _check_run(own: Sequence[str]) -> None:
 
 def _would(arguments: argparse.Namespace, wish: Wish, count: int) -> list[str]:
     """Say what a sweep would do."""
+    from kernel_harness.lab.sweep import unfinished
+
     what = "write to IA32_SPEC_CTRL" if arguments.write else "read CPUID and predict (no --write)"
     lines = [f"would {what} on {night_text.of(count, 'machine')}, {min(wish.forks, count)} at a time"]
     if wish.arguments:
         lines.append(f"  run {shlex.join(wish.arguments)}")
     if wish.kernel:
         lines.append(f"  after booting {wish.kernel} where another kernel runs")
+    going_on = unfinished(wish)
+    if going_on:
+        lines.append(f"  going on with the sweep of {going_on.plan['started']}, which was interrupted")
     lines.append(f"  at most {wish.limit:.0f} s a machine, {wish.wait:.0f} s for one that goes down to be back")
     return [*lines, f"  into {wish.store}", "no machine was touched"]
 
@@ -188,10 +206,7 @@ def _nightly_run(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
     from probe.store import write_atomically
 
     wish = _wish(arguments)
-    if arguments.keep < 1:
-        raise UsageError(f"cannot keep {arguments.keep} nights", "1 or more")
-    if arguments.textfile and not Path(arguments.textfile).is_dir():
-        raise UsageError(f"no folder {arguments.textfile}", "that of node_exporter's --collector.textfile.directory")
+    _check_afterwards(arguments)
     done, taken = _swept(wish, voice)
     if taken is None or not taken.dates:
         voice.show(night_text.swept(done))
@@ -213,26 +228,54 @@ def _nightly_run(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
     return done.code()
 
 
+def _check_afterwards(arguments: argparse.Namespace) -> None:
+    """Raise UsageError and RequirementMissing for what could not be done after a sweep."""
+    from kernel_harness.lab.nightly import sendmail
+
+    if arguments.keep < 1:
+        raise UsageError(f"cannot keep {arguments.keep} nights", "1 or more")
+    if arguments.textfile and not Path(arguments.textfile).is_dir():
+        raise UsageError(f"no folder {arguments.textfile}", "that of node_exporter's --collector.textfile.directory")
+    if arguments.mail:
+        if "@" not in arguments.mail or any(char.isspace() for char in arguments.mail):
+            raise UsageError(f"{arguments.mail!r} is no address", "such as lab@example.com")
+        sendmail()
+
+
 def _install(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
     """Have systemd do it every night; the inventory is asked first, so that a mistake shows now."""
     from kernel_harness.lab import nightly as work
     from kernel_harness.lab.engine import list_hosts, sources
 
     wish = _wish(arguments)
+    _check_afterwards(arguments)
+    if arguments.user and arguments.run_as != "root":
+        raise UsageError("--run-as is for --system", "--user runs it as you")
     hosts = list_hosts(wish.inventory, wish.pattern).hosts()
     store = Path(arguments.store).absolute()
     if arguments.night:
         raise UsageError("a timer's night is the date on which it runs", "leave out --night")
     words = _for_run(arguments, sources(wish.inventory), store)
     textfile = str(Path(arguments.textfile).absolute()) if arguments.textfile else ""
-    found = work.units(words, store, user=arguments.user, run_as=arguments.run_as, at=arguments.at, textfile=textfile)
+    found = work.units(
+        words,
+        store,
+        user=arguments.user,
+        run_as=arguments.run_as,
+        at=arguments.at,
+        textfile=textfile,
+        mail=bool(arguments.mail),
+    )
     unsure = work.verify(found, user=arguments.user)
     if unsure:
         voice.say(unsure)
     if arguments.dry_run:
         voice.write(f"# {found.folder / work.SERVICE}\n{found.service}\n# {found.folder / work.TIMER}\n{found.timer}")
         return ExitCode.AS_PREDICTED
-    store.mkdir(parents=True, exist_ok=True)
+    if arguments.user:
+        store.mkdir(parents=True, exist_ok=True)
+    else:
+        work.give(store, arguments.run_as, voice.say)
     work.install(found, user=arguments.user, say=voice.say)
     voice.say(f"{night_text.of(len(hosts), 'machine')} each night, into {store}")
     return ExitCode.AS_PREDICTED

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,12 +25,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from probe.errors import ProbeError, RequirementMissing, UsageError
 
 _PLAYBOOKS = Path(__file__).resolve().parent / "playbook"
 _CURE = "pip install 'spec-ctrl-probe[lab]'"
 # Without these a host that hangs is noticed when TCP gives up, after a quarter of an hour; nobody answers questions.
-_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10 -o BatchMode=yes"
+_SSH = (
+    "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
+    "{{ '' if ansible_password is defined or ansible_ssh_pass is defined else ' -o BatchMode=yes' }}"
+)
+_SSH_OF_ANSIBLE = "-C -o ControlMaster=auto -o ControlPersist=60s"
 
 
 def _program(name: str) -> str:
@@ -41,31 +48,41 @@ def _program(name: str) -> str:
     return str(found)
 
 
-def _environment() -> dict[str, str]:
-    """Return what Ansible's programs need: the user's configuration, and ours where the user has none."""
-    config = next((path for path in _configurations() if path.is_file()), None)
+def configuration() -> Path | None:
+    """Return the user's Ansible configuration, or None."""
+    return next((path.resolve() for path in _configurations() if path.is_file()), None)
+
+
+def _of_user(variable: str, section: str, key: str, otherwise: str) -> str:
+    """Return a setting of the user's, from the environment or the configuration."""
     known = configparser.ConfigParser(interpolation=None, strict=False)
+    config = configuration()
     if config is not None:
         with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # Ansible itself will complain
             known.read(config)
+    return os.environ.get(variable) or str(known.get(section, key, fallback=otherwise))
 
-    def of_user(variable: str, section: str, key: str, otherwise: str) -> str:
-        return os.environ.get(variable) or str(known.get(section, key, fallback=otherwise))
 
-    extra = of_user("ANSIBLE_SSH_EXTRA_ARGS", "ssh_connection", "ssh_extra_args", "")
+def _environment() -> dict[str, str]:
+    """Return what Ansible's programs need: the user's configuration, and ours where a sweep depends on it."""
+    config = configuration()
     ours = {
         "PATH": f"{Path(_program('ansible-playbook')).parent}:{os.environ.get('PATH', os.defpath)}",
         "ANSIBLE_PIPELINING": "1",
         "ANSIBLE_RETRY_FILES_ENABLED": "0",
-        "ANSIBLE_SSH_RETRIES": "0",  # a second try would hide that the first had come through
         "ANSIBLE_DEPRECATION_WARNINGS": "0",
-        "ANSIBLE_SSH_EXTRA_ARGS": f"{extra} {_SSH}".strip(),  # ssh takes the first of two: the user's
+        "ANSIBLE_NOCOLOR": "1",
+        # a question would be waited for without a word
+        "ANSIBLE_ASK_PASS": "0",
+        "ANSIBLE_BECOME_ASK_PASS": "0",
+        "ANSIBLE_ASK_VAULT_PASS": "0",
         # ansible-runner would switch this off
-        "ANSIBLE_HOST_KEY_CHECKING": of_user("ANSIBLE_HOST_KEY_CHECKING", "defaults", "host_key_checking", "True"),
+        "ANSIBLE_HOST_KEY_CHECKING": _of_user("ANSIBLE_HOST_KEY_CHECKING", "defaults", "host_key_checking", "True"),
         "ANSIBLE_LIBRARY": str(_PLAYBOOKS / "library"),
+        "ANSIBLE_LOCAL_TEMP": os.environ.get("ANSIBLE_LOCAL_TEMP") or tempfile.gettempdir(),  # no home is needed
     }
     if config is not None:
-        ours["ANSIBLE_CONFIG"] = str(config.resolve())
+        ours["ANSIBLE_CONFIG"] = str(config)
     return ours
 
 
@@ -103,19 +120,27 @@ class Listing:
     def hosts(self) -> dict[str, dict[str, Any]]:
         """Return each machine's variables by its name; raise UsageError if there is none, with what Ansible said."""
         out, err = self.process.communicate()
-        said = " ".join(err.split())
+        said = complaint(err)
         try:
             groups = json.loads(out)
             variables: dict[str, dict[str, Any]] = groups.pop("_meta").get("hostvars", {})
         except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"Ansible cannot read the inventory: {said[-300:] or 'it said nothing'}") from error
+            raise UsageError(f"Ansible cannot read the inventory: {said or 'it said nothing'}") from error
         names = {name: None for group in groups.values() for name in group.get("hosts", ())}
         if not names:
             raise UsageError(
-                f"no machine in {', '.join(self.inventory)}{f': {said[-300:]}' if said else ''}",
+                f"no machine in {', '.join(self.inventory)}{f': {said}' if said else ''}",
                 "ansible-inventory -i INVENTORY --list shows what there is",
             )
         return {name: variables.get(name, {}) for name in names}
+
+
+def complaint(text: str) -> str:
+    """Return what Ansible complained of, in its words: the first of its errors, else of its warnings."""
+    plain = re.sub("\x1b\\[[0-9;]*m", "", text)
+    found = re.findall(r"\[(ERROR|WARNING)\]: (.*?)(?=\[(?:ERROR|WARNING)\]:|\Z)", plain, re.S)
+    first = next((told for kind, told in sorted(found)), plain)
+    return " ".join(first.split())[:300]
 
 
 def list_hosts(inventory: Sequence[str], limit: str = "") -> Listing:
@@ -166,7 +191,7 @@ class Engine:
             import ansible_runner
         except ImportError as error:
             raise RequirementMissing(f"cannot run Ansible: {error}", _CURE) from error
-        with tempfile.TemporaryDirectory(prefix="spec-ctrl-probe-sweep-") as made:
+        with tempfile.TemporaryDirectory(prefix="sweep-") as made:
             folder = Path(made)
             cmdline = [word for one in sources(self.inventory) for word in ("-i", one)]
             if hosts is not None:
@@ -185,25 +210,49 @@ class Engine:
                     event(one["event"], data)
                 return False  # nothing is kept on disk
 
+            own = _of_user("ANSIBLE_SSH_ARGS", "ssh_connection", "ssh_args", _SSH_OF_ANSIBLE)
+            values = {
+                **self.values,
+                "ansible_ssh_args": f"{own} {_SSH}",
+                "ansible_ssh_retries": 0,  # a second try would hide that the first had come through
+            }
+            # connections of this play alone: another's master may be that of a namesake
+            private = {
+                "ANSIBLE_MODULE_UTILS": str(folder / "module_utils"),
+                "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder),
+            }
             interrupted: list[int] = []
+            left: list[psutil.Process] = []
+
+            def is_over() -> bool:
+                if not interrupted and not self.stopped:
+                    return False
+                left.extend(psutil.Process().children(recursive=True))  # its workers have sessions of their own
+                return True
+
             with _signals(interrupted):
                 done = ansible_runner.run(
                     private_data_dir=str(folder),
                     playbook=str(_PLAYBOOKS / name),
                     cmdline=shlex.join(cmdline),
                     forks=self.forks,
-                    extravars=dict(self.values),
-                    envvars={**_environment(), "ANSIBLE_MODULE_UTILS": str(folder / "module_utils")},
+                    extravars=values,
+                    envvars={**_environment(), **private},
                     settings={"pexpect_timeout": 1, "suppress_ansible_output": True},
                     quiet=True,
                     event_handler=handle,
-                    cancel_callback=lambda: bool(interrupted) or bool(self.stopped),
+                    cancel_callback=is_over,
                 )
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         if interrupted:
-            raise KeyboardInterrupt(signal.Signals(interrupted[0]).name if interrupted[0] != signal.SIGINT else "")
+            by = signal.Signals(interrupted[0])
+            raise KeyboardInterrupt(*([] if by is signal.SIGINT else [by.name]))
         if done.rc not in (0, 2, 4, 6) and not self.stopped:  # 2 failed, 4 unreachable
-            said = " ".join(" ".join(seen).split())
-            raise ProbeError(f"Ansible ended with exit code {done.rc}: {said[-400:] or 'it said nothing'}")
+            raise ProbeError(
+                f"Ansible ended with exit code {done.rc}: {complaint(' '.join(seen)) or 'it said nothing'}"
+            )
 
     def _pack(self, folder: Path) -> None:
         """Write the agent as Python, so that it travels with the module."""

@@ -11,7 +11,7 @@ from typing import Any
 from kernel_harness.lab.nights import connect, nights_of
 from probe.errors import RecordError, UsageError
 from probe.masks import format_list
-from probe.night import Change, Night, grouped
+from probe.night import Change, Night, grouped, is_no_news
 from probe.nights import NIGHT
 from probe.report.diff_text import named
 
@@ -75,7 +75,7 @@ ORDER BY a.host, a.kind""",
         "machines of the one night that the other does not have, and machines that were lost",
         """
 SELECT host, 'not seen' AS what, max(night) AS last_night FROM runs
-WHERE night <= $after AND host NOT IN (SELECT host FROM runs WHERE night = $after) GROUP BY host
+WHERE lost = '' AND night <= $after AND host NOT IN (SELECT host FROM runs WHERE night = $after) GROUP BY host
 UNION ALL SELECT host, 'lost: ' || lost, night FROM runs WHERE night = $after AND lost <> ''
 ORDER BY 1""",
     ),
@@ -204,7 +204,7 @@ def ask(store: Path, question: str, *, before: str = "", after: str = "", host: 
     connection = connect()
     there = nights_of(store)
     if not there:
-        raise RecordError(f"no night in {store}", "spec-ctrl-probe ingest DIR puts one there")
+        raise RecordError(f"no night in {store.absolute()}", "sweep, or ingest DIR, puts one there; --store DIR")
     after = after or there[-1]
     before = before or next((night for night in reversed(there) if night < after), "")
     if question == "changes" and not before:
@@ -278,8 +278,8 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
         machines=int(machines),
         records=int(records),
         changes=tuple(changes),
-        lost=tuple(one for one in lost if one not in known),
-        still=tuple(one for one in lost if one in known),
+        lost=tuple(one for one in lost if not is_no_news(one, known)),
+        still=tuple(one for one in lost if is_no_news(one, known)),
         missing=tuple(one for one in missing if one[1] >= before),
         absent=tuple(one for one in missing if one[1] < before),
         new=tuple(str(row[0]) for row in ask(store, "sql", after=date, sql=first).rows) if before else (),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kernel_harness.boot.cache import Say, locked
 from kernel_harness.lab import nights
+from kernel_harness.lab.engine import configuration
 from kernel_harness.lab.history import night
 from probe.errors import ProbeError, RecordError, RequirementMissing, UsageError
 from probe.models.migration import BY_NAME
@@ -52,18 +53,17 @@ def pool(store: Path, date: str) -> str:
     return migrate_text.matrix(groups, BY_NAME["qemu"])
 
 
-def prune(store: Path, keep: int) -> list[str]:
-    """Remove the oldest nights but keep, with everything that belongs to them; return their dates."""
+def prune(store: Path, keep: int, date: str = "") -> list[str]:
+    """Remove the oldest nights but keep, with everything that belongs to them, and never date; return their dates."""
     if keep < 1:
         raise UsageError(f"cannot keep {keep} nights", "1 or more")
-    dates = {path.name[:10] for path in store.iterdir() if NIGHT.match(path.name[:10])}
-    old = sorted(dates)[:-keep]
-    for date in old:
-        for path in store.glob(f"{date}*"):
-            if path.name == date:
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name in {f"{date}{ending}" for ending in _ENDINGS}:
-                path.unlink(missing_ok=True)
+    parts = [*store.glob("*/records"), *store.glob("*/lost.ndjson")]
+    dates = {path.parent.name for path in parts if NIGHT.match(path.parent.name)} | set(nights.nights_of(store))
+    old = [one for one in sorted(dates)[:-keep] if one != date]
+    for one in old:
+        shutil.rmtree(store / one, ignore_errors=True)
+        for ending in _ENDINGS:
+            (store / f"{one}{ending}").unlink(missing_ok=True)
     return old
 
 
@@ -84,17 +84,28 @@ def conclude(store: Path, date: str, text: str, keep: int, origin: str = "") -> 
     page = render(found, rows, pool(store, date))
     write_atomically(page.encode(), store / f"{date}.html", replace=True)
     with locked(store / ".lock", lambda _: None):
-        return found, prune(store, keep)
+        return found, prune(store, keep, date)
+
+
+def sendmail() -> str:
+    """Return the machine's sendmail; raise RequirementMissing if there is none."""
+    program = shutil.which("sendmail", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/lib")
+    if program is None:
+        raise RequirementMissing("no sendmail here", "install one (msmtp-mta, postfix), or leave out --mail")
+    return program
 
 
 def send(address: str, subject: str, text: str) -> None:
     """Hand a mail to the machine's sendmail; raise RequirementMissing if there is none, ProbeError if it refuses."""
-    program = shutil.which("sendmail", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/lib")
-    if program is None:
-        raise RequirementMissing("no sendmail here", "install one (msmtp-mta, postfix), or leave out --mail")
+    program = sendmail()
     plain = " ".join(subject.split())
     head = f"To: {address}\nSubject: {plain}\nMIME-Version: 1.0\nContent-Type: text/plain; charset=utf-8\n\n"
-    done = subprocess.run([program, "-t", "-i"], input=head + text, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [program, "-t", "-i"], input=head + text, capture_output=True, text=True, check=False, timeout=60
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProbeError(f"{program} has not taken the mail after {error.timeout:.0f} s") from error
     if done.returncode:
         raise ProbeError(f"{program} took no mail: {' '.join(done.stderr.split())[-200:]}")
 
@@ -111,10 +122,13 @@ class Units:
     timer: str
 
 
-def units(words: Sequence[str], store: Path, *, user: bool, run_as: str, at: str, textfile: str) -> Units:
+def units(
+    words: Sequence[str], store: Path, *, user: bool, run_as: str, at: str, textfile: str = "", mail: bool = False
+) -> Units:
     """Return the units that run "nightly run" with words every night; store and textfile are where it may write.
 
-    Raise UsageError for a user that is not there.
+    With mail sendmail must be able to do its work: be set-gid, and write to its spool. Raise UsageError for a user that
+    is not there.
     """
     if not user:
         try:
@@ -142,18 +156,20 @@ def units(words: Sequence[str], store: Path, *, user: bool, run_as: str, at: str
         "KillMode=mixed",
         "TimeoutStopSec=60",
     ]
+    config = configuration()
+    if config is not None:
+        lines.append(f"Environment={_quoted(f'ANSIBLE_CONFIG={config}')}")
     if not user:
         writable = " ".join(_quoted(str(path)) for path in (store, textfile) if path)
         lines += [
             f"User={run_as}",
-            "StateDirectory=spec-ctrl-probe-nightly",
             "CacheDirectory=spec-ctrl-probe",
-            "Environment=ANSIBLE_HOME=%S/spec-ctrl-probe-nightly PROBE_CACHE=%C/spec-ctrl-probe",
-            "ProtectSystem=strict",
+            "Environment=PROBE_CACHE=%C/spec-ctrl-probe",
+            f"ProtectSystem={'full' if mail else 'strict'}",
             "ProtectHome=read-only",
             f"ReadWritePaths={writable}",
-            "PrivateTmp=yes",
-            "NoNewPrivileges=yes",
+            *([] if any("/tmp/" in word for word in [*command, str(store)]) else ["PrivateTmp=yes"]),
+            *([] if mail else ["NoNewPrivileges=yes"]),
         ]
     timer = [
         "# Written by spec-ctrl-probe nightly install.",
@@ -169,8 +185,8 @@ def units(words: Sequence[str], store: Path, *, user: bool, run_as: str, at: str
         "[Install]",
         "WantedBy=timers.target",
     ]
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
-    folder = config / "systemd/user" if user else Path("/etc/systemd/system")
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
+    folder = own / "systemd/user" if user else Path("/etc/systemd/system")
     return Units(folder, "".join(f"{line}\n" for line in lines), "".join(f"{line}\n" for line in timer))
 
 
@@ -235,3 +251,13 @@ def install(found: Units, *, user: bool, say: Say) -> None:
 
 def _as_root(user: bool) -> str:
     return "" if user else "run it as root, or give --user"
+
+
+def give(store: Path, run_as: str, say: Say) -> None:
+    """Make the store, for the user who is to write to it; say so if that user does not own one that is there."""
+    owner = pwd.getpwnam(run_as)
+    if not store.exists():
+        store.mkdir(parents=True)
+        os.chown(store, owner.pw_uid, owner.pw_gid)
+    elif owner.pw_uid not in (0, store.stat().st_uid):
+        say(f"{store} is not {run_as}'s: see that {run_as} can write there")

@@ -115,15 +115,19 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
                 waiting.append(Waiting(host, "what it said can't be read", died=False))
                 continue
             arrived = nights.read(raw)
+            kept = False
             for text in arrived.records:
                 date = _keep(text, host, store, _printable(name), night, done)
                 if date:
+                    kept = True
                     with_record.add(host)
                     dates[date] += 1
             done.bad += [Aside(_printable(name), one.line, one.why, one.text) for one in arrived.bad]
             if arrived.last_step or arrived.ended:
                 step = ", then ".join(part for part in (arrived.last_step, arrived.ended) if part)
-                waiting.append(Waiting(host, step, died=True))
+                waiting.append(Waiting(host, step, died=True, at=arrived.at))
+            elif arrived.records and not kept:
+                waiting.append(Waiting(host, f"its record was set aside: {done.bad[-1].why}", died=False))
             elif not arrived.records:
                 said = "nothing that it said is known" if arrived.bad else "it said nothing"
                 waiting.append(Waiting(host, said, died=False))
@@ -141,11 +145,12 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A machine of which no record came, or none after the step that it announced (died)."""
+    """A machine of which no record came, or none after the step that it announced (died); at is when that was known."""
 
     host: str
     step: str
     died: bool
+    at: str = ""
 
 
 def _is_foreign(path: Path, store: Path) -> bool:
@@ -177,7 +182,7 @@ def host_of(name: str) -> str:
 def file_name(host: str) -> str:
     """Return what a machine's file is called, without an ending: its name, if that is one; each has its own."""
     word = _HOST.sub("-", host)[:80]
-    safe = word == host and not word.startswith(".") and not _ENDING.search(word)
+    safe = word == host and word not in ("lost", "aside") and not word.startswith(".") and not _ENDING.search(word)
     return word if safe else f"{word.lstrip('.')}-{hashlib.sha256(host.encode()).hexdigest()[:8]}"
 
 
@@ -233,8 +238,9 @@ def _lost(waiting: Sequence[Waiting], store: Path, date: str, done: Ingested) ->
     path = store / date / _LOST
     known = {(entry["host"], entry["step"]): entry for entry in _entries(path)}
     for one in waiting:
-        entry = {"host": one.host, "step": one.step, "after": newest.get(one.host, "")}
-        known.setdefault((one.host, one.step), entry)
+        entry = {"host": one.host, "step": one.step, "after": one.at or newest.get(one.host, "")}
+        if known.setdefault((one.host, one.step), entry)["after"] < one.at:
+            known[one.host, one.step] = entry
     _write_lines(path, [known[one] for one in sorted(known)])
     done.lost = {one.host: one.step for one in waiting}
     done.dates.add(date)
@@ -285,12 +291,14 @@ def rows(
     for row in found:
         if row.kind == "run":
             newest[row.host] = max(newest.get(row.host, ""), row.started)
-    lost = [
-        nights.lost_row(entry["host"], night, entry["step"])
-        for entry in _entries(store / night / _LOST)
-        if newest.get(entry["host"], "") <= entry["after"]
-    ]
-    return found + lost
+    last: dict[str, dict[str, Any]] = {}  # of several losses of a machine the last one counts
+    for entry in _entries(store / night / _LOST):
+        if (
+            newest.get(entry["host"], "") <= entry["after"]
+            and entry["after"] >= last.get(entry["host"], entry)["after"]
+        ):
+            last[entry["host"]] = entry
+    return found + [nights.lost_row(host, night, last[host]["step"]) for host in sorted(last)]
 
 
 def write_rows(connection: duckdb.DuckDBPyConnection, found: Sequence[nights.Row], target: Path) -> None:

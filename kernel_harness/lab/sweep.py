@@ -3,6 +3,7 @@
 
 STORE/sweeps/20261128T020000Z-1f2e/plan.json       what was asked for, and when it ended
                                    results.ndjson  a line for each machine, as it comes
+                                   begun.ndjson    machines that were asked; what has no answer may still be running
                                    hosts/NAME.ndjson  what the machine said; this is what ingest takes in
 
 A machine counts as answered when its line is there. A controller that was killed and is started again goes on with the
@@ -15,6 +16,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,8 +24,9 @@ import secrets
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,13 @@ from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, 
 from probe.nights import check_night
 from probe.report.night_text import of
 from probe.store import write_atomically
-from probe.sweep import LOST, How, Machine, Swept, Tally, canaries, event, folded, machine
+from probe.sweep import LOST, How, Machine, Swept, Tally, alarm, canaries, event, folded, machine
 
 _GRACE = 120  # seconds beyond the agent's own limit, for the connection and for putting back
 _KEPT = 3  # sweeps whose raw answers are kept
 _FRESH = 3 * 3600  # seconds since its last answer after which a sweep that did not end is not gone on with
+# Ansible's words for what it counts as unreachable, though the machine was reached and nothing was started there.
+_NO_START = re.compile(r"privilege escalation prompt|Failed to create temporary directory|[Ii]ncorrect \S+ password")
 # ssh's words when it never got as far as a shell (ssh.c, sshconnect.c, kex.c of OpenSSH 9): nothing was started there.
 _NEVER = re.compile(
     r"ssh: connect to host|Could not resolve hostname|Host key verification failed|REMOTE HOST IDENTIFICATION"
@@ -93,7 +98,26 @@ class _Folder:
         return max(path.stat().st_mtime for path in self.path.iterdir())
 
     def save(self) -> None:
-        write_atomically(json.dumps(self.plan, indent=1).encode() + b"\n", self.path / "plan.json", replace=True)
+        try:
+            write_atomically(json.dumps(self.plan, indent=1).encode() + b"\n", self.path / "plan.json", replace=True)
+        except RecordError as error:
+            raise RecordError(
+                error.message.replace("the record to ", ""), "make room, or give another --store"
+            ) from error
+
+    def begin(self, host: str) -> None:
+        """Note that a machine is being asked: if the controller dies now, something may run there."""
+        with contextlib.suppress(OSError), open(self.path / "begun.ndjson", "a", encoding="utf-8") as file:
+            file.write(json.dumps(host) + "\n")
+
+    def begun(self) -> list[str]:
+        """Return the machines that were being asked and have not answered."""
+        found: dict[str, None] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / "begun.ndjson").read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    found[str(json.loads(line))] = None
+        return [host for host in found if host not in self.answered]
 
     def keep(self, found: Machine, events: Sequence[str]) -> None:
         """Keep a machine's answer, and then that it is there."""
@@ -166,6 +190,9 @@ def check(wish: Wish) -> list[Planned]:
     last = next(_folders(wish.store), None)
     known = cpus_of(wish.store)
     hosts = _to_retry(wish, last, list(found)) if wish.retry else list(found)
+    going_on = unfinished(wish)
+    if going_on:
+        hosts = [host for host in hosts if host not in going_on.answered]
     first = set(canaries({host: known.get(nights.file_name(host), "") for host in hosts}, wish.canary or 0))
     return [
         Planned(
@@ -180,11 +207,19 @@ def check(wish: Wish) -> list[Planned]:
     ]
 
 
+def unfinished(wish: Wish) -> _Folder | None:
+    """Return the last sweep, if it was interrupted, not long ago, and asked for the same; else None."""
+    last = next(_folders(wish.store), None)
+    same = last and not last.plan.get("ended") and last.plan.get("asked") == wish.sameness()
+    goes_on = same and not wish.afresh and not wish.retry
+    return last if last and goes_on and time.time() - last.touched() < _FRESH else None
+
+
 def _to_retry(wish: Wish, last: _Folder | None, hosts: Sequence[str]) -> list[str]:
     """Return the machines of which the last sweep has no record."""
     if last is None:
         raise UsageError(f"no sweep in {wish.store}", "--retry takes the last sweep's failures")
-    there = last.plan.get("hosts") or list(last.answered)
+    there = set(last.plan.get("hosts") or hosts)  # it may have been interrupted before it knew them
     return [
         host
         for host in hosts
@@ -208,6 +243,13 @@ def sweep(wish: Wish, say: Say, tick: Callable[[Tally], None]) -> tuple[Swept, n
         if known.process.poll() is None:
             known.process.kill()
             known.process.communicate()
+
+
+def _take_in(folder: _Folder, store: Path, say: Say) -> nights.Ingested | None:
+    """Take what machines answered in a sweep into its night; None if there is nothing."""
+    if not folder.answered:
+        return None
+    return nights.ingest(folder.path / "hosts", store, say, folder.plan["night"])
 
 
 class _Sweep:
@@ -234,6 +276,8 @@ class _Sweep:
             self._found = list(hosts())
         except ProbeError as error:
             self._trouble.append(error)
+        except (OSError, ValueError) as error:  # it was interrupted
+            self._trouble.append(ProbeError(f"cannot read what ansible-inventory says: {error}"))
 
     def _hosts(self) -> list[str]:
         """Return the inventory's machines; wait for them."""
@@ -251,9 +295,9 @@ class _Sweep:
                 raise UsageError(
                     "the last sweep has a record of every machine", "sweep without --retry asks them again"
                 )
-            return self._make(), todo, 0
-        same = last and not last.plan.get("ended") and last.plan.get("asked") == self._wish.sameness()
-        if last and same and not self._wish.afresh and time.time() - last.touched() < _FRESH:
+            return self._make(last.plan["night"] if last else ""), todo, 0
+        last = unfinished(self._wish)
+        if last:
             todo = [host for host in self._hosts() if host not in last.answered]
             self._say(
                 f"going on with the sweep of {last.plan['started']}: {of(len(last.answered), 'machine')} answered, "
@@ -265,12 +309,20 @@ class _Sweep:
             return last, todo, len(last.answered)
         return self._make(), None, 0
 
-    def _make(self) -> _Folder:
+    def _make(self, night: str = "") -> _Folder:
+        for one in _folders(self._wish.store):
+            if not one.plan.get("ended"):
+                self._say(
+                    f"the sweep of {one.plan['started']} is given up; {of(len(one.answered), 'machine')} had answered"
+                )
+                _take_in(one, self._wish.store, self._say)
+                one.plan["ended"] = "never: what had answered was taken in"
+                one.save()
         now = datetime.datetime.now(datetime.timezone.utc)
         path = self._wish.store / "sweeps" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         plan = {
             "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
-            "night": self._wish.night or f"{now:%Y-%m-%d}",
+            "night": self._wish.night or night or f"{now:%Y-%m-%d}",
             "asked": self._wish.sameness(),
             "hosts": [],
             "ended": "",
@@ -302,30 +354,60 @@ class _Sweep:
             wish.pattern,
         )
         self._engine = engine
-        stopped = ""
-        todo = self._todo
-        if wish.canary and todo != []:
-            hosts = self._hosts() if todo is None else todo
-            known = cpus_of(wish.store)
-            first = canaries({host: known.get(nights.file_name(host), "") for host in hosts}, wish.canary)
-            models = len({known.get(nights.file_name(host), "") for host in hosts})
-            self._say(
-                f"first {len(first)} of {of(len(hosts), 'machine')}, of {of(models, 'CPU model')}: {folded(first)}"
-            )
-            self._round(first)
-            bad = [
-                one for host in first if (one := self._folder.answered.get(host)) and one.how in (How.DIED, How.GONE)
-            ]
-            if bad:
-                stopped = f"a machine of those that go first died: {bad[0].host} ({bad[0].told()})"
-            todo = [host for host in hosts if host not in first]
-        if not stopped and todo != []:
-            self._round(todo)
+        todo, stopped = self._todo, ""
+        try:
+            if self._continued:
+                self._vanished = dict.fromkeys(
+                    self._folder.begun(), "it was being asked when the sweep was interrupted"
+                )
+                self._ask_again()
+            if wish.canary and todo != []:
+                stopped = self._first()
+                hosts = self._hosts() if todo is None else todo
+                todo = [host for host in hosts if host not in self._answered]
+            elif todo is not None:
+                todo = [host for host in todo if host not in self._answered]
+            if not stopped and todo != []:
+                self._round(todo)
+        except (KeyboardInterrupt, ProbeError) as error:
+            if isinstance(error, ProbeError):
+                self._listing.join()
+            if not self._trouble:
+                _take_in(self._folder, wish.store, self._say)
+                raise
         if self._trouble:  # an inventory that is none: nothing was begun
             if not self._folder.answered:
                 shutil.rmtree(self._folder.path, ignore_errors=True)
             raise self._trouble[0]
         return self._end(engine.stopped or stopped)
+
+    def _first(self) -> str:
+        """Ask machines of every CPU model before the others; return why the sweep must stop, or ""."""
+        hosts = self._hosts() if self._todo is None else [*self._folder.answered, *self._todo]
+        known = cpus_of(self._wish.store)
+        cpus = {host: known.get(nights.file_name(host), "") for host in hosts}
+        while not self._engine.stopped:
+            bad = [one for one in self._folder.answered.values() if alarm(one)]
+            if bad:
+                told = bad[0].told() or "its register could not be put back"
+                return f"stopped at the machines that go first: {bad[0].host} ({told})"
+            first = canaries(cpus, self._wish.canary, self._folder.answered)
+            if not first:
+                break
+            self._say(
+                f"first {len(first)} of {of(len(hosts), 'machine')}, of {of(len(set(cpus.values())), 'CPU model')}: "
+                f"{folded(first)}"
+            )
+            self._round(first)
+            for host in first:  # of whom the engine said nothing
+                if host not in self._answered and not self._engine.stopped:
+                    self._keep(Machine(host, How.FAILED, why="Ansible said nothing of it"), ())
+        return ""
+
+    def _ask_again(self) -> None:
+        """Wait for those that went away, and ask for what there was."""
+        if self._vanished and not self._engine.stopped:
+            self._engine.play("again.yml", sorted(self._vanished), self._seen_again)
 
     def _round(self, hosts: list[str] | None) -> None:
         """Ask some machines, or all, and wait for those that went away."""
@@ -335,8 +417,7 @@ class _Sweep:
             if not hosts:
                 return
         self._engine.play("probe.yml", hosts, self._seen)
-        if self._vanished and not self._engine.stopped:
-            self._engine.play("again.yml", sorted(self._vanished), self._seen_again)
+        self._ask_again()
 
     # --- the engine's events ---
 
@@ -348,8 +429,9 @@ class _Sweep:
             never = data.get("task") == "ask the kernel"
             self._keep(Machine(host, How.UNREACHED if never else How.GONE, why=f"not reached: {said}"), ())
         elif name == "runner_on_failed":
-            wanted = f"it does not run {self._wish.kernel}: "
-            self._keep(Machine(host, How.FAILED, why=f"{wanted}{data.get('task')}: {said}"), ())
+            why = f"it does not run {self._wish.kernel}: {data.get('task')}: {said}"
+            how = How.GONE if data.get("task") == "reboot" else How.FAILED
+            self._keep(Machine(host, how, why=why), ())
         self._show()
 
     def _seen(self, name: str, data: dict[str, Any]) -> None:
@@ -357,11 +439,14 @@ class _Sweep:
         host, result = data["host"], data.get("res", {})
         if name == "runner_on_start":
             self._running.add(host)
+            self._folder.begin(host)
         elif name == "runner_on_ok":
             self._answer(host, result)
         elif name == "runner_on_unreachable":
             said = _ssh_said(result)
-            if _NEVER.search(_said(result)):
+            if _NO_START.search(_said(result)):
+                self._keep(Machine(host, How.FAILED, why=said), ())
+            elif _NEVER.search(_said(result)):
                 self._keep(Machine(host, How.UNREACHED, why=f"not reached: {said}"), ())
             else:
                 self._vanished[host] = said
@@ -424,13 +509,21 @@ class _Sweep:
             self._folder.keep(found, events)
         except (OSError, RecordError) as error:
             why = error.message if isinstance(error, RecordError) else str(error.strerror)
-            self._engine.stop(f"cannot keep what {found.host} said: {why}")
+            why = why.replace("the record to ", "")
+            cure = "make room and give the same command: what has answered is kept, here or on the machines"
+            self._engine.stop(f"cannot keep what {found.host} said: {why} ({cure})")
             return
         self._answered.add(found.host)
         self._counts[found.how] += 1
 
     def _show(self) -> None:
         total = 0 if self._listing.is_alive() else len(self._found)
+        if total and not self._folder.plan["hosts"]:
+            with contextlib.suppress(RecordError):  # a full disk shows when the answer is kept
+                self._folder.plan["hosts"] = (
+                    self._found if self._todo is None else [*self._folder.answered, *self._todo]
+                )
+                self._folder.save()
         if self._todo is not None:
             total = len(self._todo) + self._continued
         self._tick(
@@ -457,9 +550,13 @@ class _Sweep:
         swept.continued = self._continued
         if self._engine.stopped:  # for want of room: what the machines keep is asked for when there is some
             return swept, None
-        done = None
-        if folder.answered:
-            done = nights.ingest(folder.path / "hosts", self._wish.store, self._say, plan["night"])
+        done = _take_in(folder, self._wish.store, self._say)
+        hosts_of = {f"{nights.file_name(host)}.ndjson": host for host in folder.answered}
+        for bad in done.bad if done else ():
+            name = hosts_of.get(bad.file, "")
+            if not bad.line and name and folder.answered[name].how is How.RECORD:
+                why = f"its record was set aside: {bad.why}"
+                swept.machines[name] = replace(folder.answered[name], how=How.FAILED, code=3, why=why)
         folder.plan = {
             **plan,
             "hosts": asked,
@@ -467,7 +564,8 @@ class _Sweep:
         }
         folder.save()
         for old in [*_folders(self._wish.store)][_KEPT:]:
-            shutil.rmtree(old.path, ignore_errors=True)
+            if old.plan.get("ended"):
+                shutil.rmtree(old.path, ignore_errors=True)
         return swept, done
 
 
@@ -481,13 +579,32 @@ _AROUND = re.compile(
 def _ssh_said(result: dict[str, Any]) -> str:
     """Return ssh's words, without Ansible's around them, the last two lines of many; "" if it had none."""
     lines = [line.strip() for line in str(result.get("msg", "")).splitlines() if line.strip()]
-    return _AROUND.sub("", " ".join(lines[-2:]) + " ").strip()
+    words = lines[-1:] if lines and "ssh: connect" in lines[-1] and len(lines) > 1 else lines[-2:]
+    return _AROUND.sub("", " ".join(words) + " ").strip()
+
+
+# What an administrator can do about a reason that Ansible or ssh gives.
+_CURES = (
+    ("Host key verification failed", "log in there once by ssh, or take its key with ssh-keyscan"),
+    ("Permission denied \\(", "ansible_user in the inventory, or a key that it knows"),
+    ("sudo: not found", "log in as root: ansible_user=root, or --no-become"),
+    ("interpreter .* was not found|python[0-9.]*: (not found|Permission denied)", "ansible_python_interpreter"),
+    ("kexec: not found", "install kexec-tools there, or give the inventory spec_ctrl_boot"),
+    ("privilege escalation prompt", "sudo there asks, or hangs: NOPASSWD, or ansible_user=root"),
+)
+
+
+def _with_cure(why: str) -> str:
+    """Add what can be done about a reason, where that is known."""
+    cure = next((cure for pattern, cure in _CURES if re.search(pattern, why)), "")
+    return f"{why} ({cure})" if cure else why
 
 
 def _short(found: Machine) -> Machine:
     """Return a machine whose words are no longer than a reader's patience, and plain."""
-    why = "".join(char if char.isprintable() else " " for char in found.why)
-    return Machine(**{**vars(found), "why": why[:400], "step": found.step[:100]})
+    why = _with_cure("".join(char if char.isprintable() else " " for char in found.why))
+    at = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    return replace(found, why=why[:400], step=found.step[:100], at=at)
 
 
 def _said(result: dict[str, Any]) -> str:
@@ -508,9 +625,12 @@ def _agent(wish: Wish, say: Say) -> bytes:
     """Return the agent's file: the one given, or one of these sources, which is kept."""
     if wish.agent is not None:
         try:
-            return wish.agent.read_bytes()
+            content = wish.agent.read_bytes()
         except OSError as error:
             raise UsageError(f"cannot read {wish.agent}: {error.strerror}", "make one: agent-build -o PATH") from error
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise UsageError(f"{wish.agent} is not the agent's file", "make one: agent-build -o PATH")
+        return content
     digest = hashlib.sha256(LOCK.read_bytes())
     for name, content in sorted(own_files().items()):
         digest.update(name.encode() + b"\0" + content)

@@ -17,7 +17,7 @@ _TITLES = {
     How.UNREACHED: "not reached",
     How.REFUSED: "refused",
     How.FAILED: "failed",
-    How.UNTRIED: "not tried",
+    How.UNTRIED: "not asked, or not kept",
 }
 
 
@@ -100,13 +100,13 @@ def swept(done: Swept, *, brief: bool = False) -> str:
         lines += paragraph(f"{done.continued} of them had answered before this sweep was interrupted")
     if done.stopped:
         lines += paragraph(f"stopped: {done.stopped}")
-    restore = [one.host for one in records if one.code == ExitCode.NOT_RESTORED]
+    restore = [one.host for one in done.machines.values() if one.code == ExitCode.NOT_RESTORED]
     lines += _section("REGISTER NOT PUT BACK, or not shown to be", [("see its record", restore)] if restore else [])
     for how in () if brief else (*LOST, How.REFUSED, How.FAILED):
         told = [(one.told().removeprefix(f"{_TITLES[how]}: "), one.host) for one in done.of(how)]
         lines += _section(_TITLES[how], _by_text(told))
     untried = [one.host for one in done.of(How.UNTRIED)]
-    lines += _section(_TITLES[How.UNTRIED], [("sweep --retry takes them", untried)] if untried else [])
+    lines += _section(_TITLES[How.UNTRIED], [("the same command, or --retry, takes them", untried)] if untried else [])
     return joined(lines)
 
 

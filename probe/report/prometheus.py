@@ -50,7 +50,7 @@ def of_night(night: Night, done: Swept) -> str:
         "lab_sweep_duration_seconds": [({}, round(done.seconds, 3))],
         "lab_machines": [({"ended": how.value}, len(done.of(how))) for how in How],
         "lab_changed_machines": [({}, len({host for one in night.changes for host in one.hosts}))],
-        "lab_missing_machines": [({}, len(night.missing))],
+        "lab_missing_machines": [({}, len(night.missing) + len(night.absent))],
         "lab_finding_machines": [({}, len({one[0] for one in night.findings}))],
     }
     lines: list[str] = []

@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 from kernel_harness.lab.agent_file import build
@@ -44,7 +45,8 @@ def sweep_figures() -> None:
         folder = hosts.folder
         (folder / "library").mkdir()
         (folder / "library/one_second.py").write_text(_PLAIN)
-        (folder / "probe.py").write_text(_PROBE.format(record=str(RECORD)))
+        with zipfile.ZipFile(folder / "probe.pyz", "w") as probe:
+            probe.writestr("__main__.py", _PROBE.format(record=str(RECORD)))
         small = _inventory(hosts, "small", COUNT)
         playbook = folder / "plain.yml"
         playbook.write_text("- hosts: all\n  gather_facts: false\n  become: true\n  tasks:\n    - one_second:\n")
@@ -52,14 +54,14 @@ def sweep_figures() -> None:
         for number in range(ROUNDS):
             plain.append(_seconds(hosts, str(_BIN / "ansible-playbook"), "-i", small, "-f", str(COUNT), str(playbook)))
             before = _cpu()
-            swept.append(_sweep(hosts, small, f"s{number}", folder / "probe.py"))
+            swept.append(_sweep(hosts, small, f"s{number}", folder / "probe.pyz"))
             cpu.append(_cpu() - before)
         note("plain Ansible, a module that sleeps 1 s, 16 hosts", min(plain), "s")
         figure("sweep of 16 hosts with a 1 s probe / that", ratio(swept, plain), 1.3, "x")
         note("  its controller CPU, for each host", statistics.median(cpu) / COUNT, "s")
         many = _inventory(hosts, "many", ENTRIES)
         before = _cpu()
-        _sweep(hosts, many, "many", folder / "probe.py")
+        _sweep(hosts, many, "many", folder / "probe.pyz")
         figure(f"controller CPU of a sweep of {ENTRIES} machines, for each", (_cpu() - before) / ENTRIES, 0.2, "s")
         build(folder / "agent.pyz", lambda line: None)
         note(

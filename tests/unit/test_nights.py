@@ -122,7 +122,8 @@ def test_bad_records_cost_no_other(lab: Path) -> None:
     )
     assert done.new == 1
     assert {one.file for one in done.bad} == {"cut", "newer"}
-    assert set(done.lost) == {"cut"}, "of the other there is a record, which is set aside"
+    assert set(done.lost) == {"cut", "newer"}, "no record of either is in the night"
+    assert done.lost["newer"].startswith("its record was set aside: ")
 
 
 def test_what_is_set_aside_stays_aside_and_whole(lab: Path) -> None:

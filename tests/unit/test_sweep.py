@@ -7,6 +7,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import types
@@ -105,7 +106,8 @@ def test_the_mail_of_a_sweep() -> None:
     assert text == (
         "sweep of 2026-11-28T02:00:00Z: 6 machines, 12 s\n"
         "\n"
-        "2 gave a record, 1 went down under the probe, 2 not reached, 1 not tried\n"
+        "2 gave a record, 1 went down under the probe, 2 not reached, 1 not asked,\n"
+        "or not kept\n"
         "stopped: no room\n"
         "\n"
         "REGISTER NOT PUT BACK, or not shown to be:\n"
@@ -117,8 +119,8 @@ def test_the_mail_of_a_sweep() -> None:
         "not reached:\n"
         "  lab3, lab4: ssh: connect to host lab3 port 22: No route to host\n"
         "\n"
-        "not tried:\n"
-        "  lab6?[2J: sweep --retry takes them\n"
+        "not asked, or not kept:\n"
+        "  lab6?[2J: the same command, or --retry, takes them\n"
     )
 
 
@@ -272,7 +274,10 @@ def test_the_module_runs_the_agent_once_a_sweep(module: Any, tmp_path: Path) -> 
     assert {**second, "again": False, "seconds": 0} == {**first, "seconds": 0}
     other = module.answer("two", [], 30, tmp_path)
     assert not other["again"]
-    assert [path.name for path in (tmp_path / "sweeps").iterdir()] == ["two"], "what the last sweep left is gone"
+    assert {path.name for path in (tmp_path / "sweeps").iterdir()} == {"one", "two"}, "another controller's, perhaps"
+    os.utime(tmp_path / "sweeps/one", (0, 0))
+    module.answer("three", [], 30, tmp_path)
+    assert {path.name for path in (tmp_path / "sweeps").iterdir()} == {"two", "three"}, "what is of another day is gone"
     assert len(list(tmp_path.glob("agent-*.pyz"))) == 1
 
 
@@ -293,8 +298,9 @@ def test_the_module_tells_of_a_machine_that_went_down(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal on the disk knows more than the stream, which nobody synced."""
-    module.answer("one", [], 30, tmp_path)
+    module.answer("one", ["die"], 30, tmp_path)
     boot = module.boot_id()
+    (tmp_path / "sweeps/one/exit").unlink()
     saved = {"ev": "saved", "boot_id": boot}
     lines = [saved, *({"ev": "intent", "step": f"bit {bit}"} for bit in range(38))]
     text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"ev": "inte'
@@ -304,6 +310,17 @@ def test_the_module_tells_of_a_machine_that_went_down(
     assert (found["how"], found["step"]) == ("died", "bit 37")
     (tmp_path / "journal.ndjson").write_text(text.replace(boot, "a third boot"))
     assert module.answer("one", [], 30, tmp_path)["step"] == "", "a journal of another run"
+    (tmp_path / "journal.ndjson").write_text(text.replace('{"ev": "inte', '{"ev": "restored"}\n'))
+    assert module.answer("one", [], 30, tmp_path)["step"] == "", "it was past its last step"
+
+
+def test_a_run_that_had_ended_when_the_machine_went_down_is_no_death(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = module.answer("one", [], 30, tmp_path)
+    monkeypatch.setattr(module, "boot_id", lambda: "another boot")
+    second = module.answer("one", [], 30, tmp_path)
+    assert (second["how"], second["events"]) == ("ended", first["events"])
 
 
 def test_two_names_of_one_machine_are_one_run(module: Any, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ SUPERVISOR = '"$@" > out 2> err < /dev/null & echo $! > pid; wait $!; echo $? > 
 GRACE = 20  # seconds from SIGTERM, upon which it puts everything back, to SIGKILL
 MOST = 200  # characters of a line of the agent's stderr that are told
 STARTING = 10  # seconds that a start may take
-OLD = 86400  # seconds after which what a killed run of this module left is removed
+OLD = 86400  # seconds after which what earlier runs left is removed
 
 
 class Missing(Exception):
@@ -79,7 +79,10 @@ def answer(sweep: str, arguments: list, limit: float, state: Path) -> dict:
     begun = time.time()
     earlier = read_text(place / "boot_id") or begin(place, arguments, state)
     if earlier and earlier != boot_id():
-        return {**told(place), "how": "died", "step": last_step(state, earlier), "again": True}
+        ended = told(place)
+        if (place / "exit").exists() or has_record(ended):  # it had ended before the machine went down
+            return {**ended, "how": "ended", "again": True}
+        return {**ended, "how": "died", "step": last_step(state, earlier), "again": True}
     how = wait(place, begun + limit)
     return {**told(place), "how": how, "again": bool(earlier), "seconds": round(time.time() - begun, 3)}
 
@@ -114,9 +117,9 @@ def begin(place: Path, arguments: list, state: Path) -> str:
 
 
 def start(place: Path, arguments: list, state: Path) -> None:
-    """Start the agent; what other sweeps have left goes, but for a run that is still going on."""
+    """Start the agent; what sweeps of another day have left goes: another controller may still ask for today's."""
     for old in state.glob("sweeps/*"):
-        if old != place and not is_held(old):
+        if old != place and is_old(old) and not is_held(old):
             shutil.rmtree(str(old), ignore_errors=True)
     clean_up()
     python = find_python()
@@ -209,6 +212,11 @@ def told(place: Path) -> dict:
     }
 
 
+def has_record(found: dict) -> bool:
+    """Tell whether the agent gave its record."""
+    return any(event_of(line) == "record" for line in found["events"])
+
+
 def event_of(line: str) -> str:
     """Return a line's kind: an event's name, "" for an empty line, "other" for what is none."""
     found = re.match(r'\{"event": "([a-z]+)"', line)
@@ -227,6 +235,8 @@ def last_step(state: Path, boot: str) -> str:
             return ""
         if event.get("ev") == "intent":
             step = str(event.get("step", ""))
+        if event.get("ev") == "restored":
+            step = ""
     return step
 
 
@@ -247,13 +257,15 @@ def keep_agent(state: Path) -> Path:
     path = state / f"agent-{SHA256[:16]}.pyz"
     with contextlib.suppress(OSError):
         if hashlib.sha256(path.read_bytes()).hexdigest() == SHA256:
+            os.utime(str(path))
             return path
     content = base64.b64decode(AGENT)
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise Missing("the agent came through damaged")
     for old in state.glob("agent-*"):
-        old.unlink()
-    fresh = path.with_name(path.name + ".new")
+        if is_old(old):
+            old.unlink()
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     write(fresh, content)
     fresh.rename(path)
     return path
@@ -263,9 +275,16 @@ def clean_up() -> None:
     """Remove what runs of this module that were killed have left where Ansible unpacks them."""
     for old in Path(tempfile.gettempdir()).glob("ansible_spec_ctrl_probe_payload_*"):
         with contextlib.suppress(OSError):
-            status = old.lstat()
-            if status.st_uid == os.geteuid() and status.st_mtime < time.time() - OLD:
+            if old.lstat().st_uid == os.geteuid() and is_old(old):
                 shutil.rmtree(str(old), ignore_errors=True)
+
+
+def is_old(path: Path) -> bool:
+    """Tell whether nobody has touched it for a day."""
+    try:
+        return path.lstat().st_mtime < time.time() - OLD
+    except OSError:
+        return False
 
 
 def read_text(path: Path) -> str:
