@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """A sweep: the agent on every machine of an inventory, once, through Ansible; what it found goes into the store.
 
-STORE/sweeps/20261128T020000Z-1f2e/plan.json       what was asked for, and when it ended
-                                   results.ndjson  a line for each machine, as it comes
-                                   begun.ndjson    machines that were asked; what has no answer may still be running
-                                   hosts/NAME.ndjson  what the machine said; this is what ingest takes in
+STORE/sweeps/20261128T020000.000001Z-1f2e/
+    plan.json          what was asked for, and when it ended
+    results.ndjson     a line for each machine, as it comes
+    begun.ndjson       machines that were asked; what has no answer may still be running
+    hosts/NAME.ndjson  what the machine said; this is what ingest takes in
 
 A machine counts as answered when its line is there. A controller that was killed and is started again goes on with the
 rest; a machine that had begun is not probed twice, for the module keeps its answer under the sweep's name.
@@ -319,7 +320,7 @@ class _Sweep:
                 one.plan["ended"] = "never: what had answered was taken in"
                 one.save()
         now = datetime.datetime.now(datetime.timezone.utc)
-        path = self._wish.store / "sweeps" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        path = self._wish.store / "sweeps" / f"{now:%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(2)}"
         plan = {
             "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
             "night": self._wish.night or night or f"{now:%Y-%m-%d}",
