@@ -391,7 +391,7 @@ class _Sweep:
             bad = [one for one in self._folder.answered.values() if alarm(one)]
             if bad:
                 told = bad[0].told() or "its register could not be put back"
-                return f"stopped at the machines that go first: {bad[0].host} ({told})"
+                return f"{bad[0].host} is one of those that go first: {told}"
             first = canaries(cpus, self._wish.canary, self._folder.answered)
             if not first:
                 break

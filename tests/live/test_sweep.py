@@ -248,6 +248,46 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def test_an_interrupt_leaves_no_process_here_and_goes_on(night: tuple[Lab, str, int]) -> None:
+    hosts, _, _ = night
+    own = {"lab1": f"spec_ctrl_run='{SLOW}'"}
+    asked = words(hosts, inventory(hosts, "interrupted", own), "--limit", "lab1,lab4", store="interrupted")
+    begun = time.time()
+    first = hosts.start(*asked)
+    until(lambda: walking(hosts, "lab1", begun))
+    until(lambda: "lab4" in kept(hosts))
+    below = [*children(first.pid), first.pid]
+    first.send_signal(signal.SIGINT)
+    assert first.wait(30) == 130
+    said = (hosts.folder / "said").read_text()
+    assert said.splitlines()[-1] == "spec-ctrl-probe: interrupted"
+    assert "the same command goes on" in said
+    assert len(records(hosts, "interrupted")) == 1, "what had answered is in the store"
+    until(lambda: not [pid for pid in below if alive(pid)], 10)
+    second = hosts.command(*asked)
+    assert "going on with the sweep" in second.stderr
+    assert (second.returncode, len(records(hosts, "interrupted"))) == (1, 2)
+    assert answers(hosts, "interrupted")["lab1"].again
+
+
+def kept(hosts: Lab) -> set[str]:
+    return {path.stem for path in hosts.folder.glob("interrupted/sweeps/*/hosts/*.ndjson")}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_no_home_is_needed(night: tuple[Lab, str, int]) -> None:
+    """A system service may not write to one: ProtectHome=read-only."""
+    hosts, _, _ = night
+    done = hosts.command("env", "HOME=/proc", *words(hosts, inventory(hosts, "home"), "--limit", "lab4", store="home"))
+    assert (done.returncode, len(records(hosts, "home"))) == (1, 1), done.stdout + done.stderr
+
+
 def test_two_sweeps_at_once(night: tuple[Lab, str, int]) -> None:
     hosts, _, _ = night
     own = {"lab1": f"spec_ctrl_run='{SLOW}'"}
@@ -297,8 +337,8 @@ def test_a_canary_that_dies_stops_the_rest(night: tuple[Lab, str, int]) -> None:
     hosts.power_cut("lab1")
     assert running.wait(120) == 3
     text = " ".join((hosts.folder / "canary.txt").read_text().split())
-    assert "stopped: a machine of those that go first died: lab1" in text
-    assert "4 not tried" in text
+    assert "stopped: lab1 is one of those that go first: it went away" in text
+    assert "4 not asked" in text
     assert set(answers(hosts, "canary")) == {"lab1"}
     assert not [name for name in ("lab2", "lab4", "lab6", "lab8") if walking(hosts, name)]
     hosts.boot("lab1")

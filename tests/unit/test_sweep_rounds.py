@@ -200,7 +200,7 @@ def test_canaries_stop_the_rest(engine: type[Engine], tmp_path: Path, how: str) 
 
     engine.script = script
     done, _ = swept(tmp_path / "s", canary=0.05, kernel="6.9" if how == "boot" else "")
-    assert done.stopped.startswith("stopped at the machines that go first: h01")
+    assert done.stopped.startswith("h01 is one of those that go first: ")
     assert len(done.of(How.UNTRIED)) == 19
     assert all(hosts == ["h01"] for _, hosts in engine.plays)
 
