@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A sweep: the agent on every machine of an inventory, once, through Ansible; what it found goes into the store.
 
-STORE/sweeps/20261128T020000.000001Z-1f2e/
-    plan.json          what was asked for, and when it ended
-    results.ndjson     a line for each machine, as it comes
-    begun.ndjson       machines that were asked; what has no answer may still be running
-    hosts/NAME.ndjson  what the machine said; this is what ingest takes in
-
 A machine counts as answered when its line is there. A controller that was killed and is started again goes on with the
 rest; a machine that had begun is not probed twice, for the module keeps its answer under the sweep's name.
 """
@@ -15,44 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import io
 import json
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kernel_harness.boot.cache import Say, default_cache
 from kernel_harness.lab import nights
 from kernel_harness.lab.agent_file import LOCK, build, own_files
+from kernel_harness.lab.answers import Folder, folders, only_one, take_in
 from kernel_harness.lab.engine import Engine, list_hosts, sources
 from kernel_harness.lab.history import cpus_of
-from probe.errors import ExitCode, ProbeError, RecordError, RequirementMissing, UsageError
+from kernel_harness.lab.reasons import said_of_failure, ssh_said, was_never_reached, was_reached, with_cure
+from probe.errors import ExitCode, ProbeError, RecordError, UsageError
 from probe.nights import check_night
 from probe.report.night_text import of
-from probe.store import write_atomically
-from probe.sweep import LOST, How, Machine, Swept, Tally, alarm, canaries, event, folded, machine
+from probe.sweep import LOST, How, Machine, Swept, Tally, alarm, canaries, folded
 
 _GRACE = 120  # seconds beyond the agent's own limit, for the connection and for putting back
 _KEPT = 3  # sweeps whose raw answers are kept
 _FRESH = 3 * 3600  # seconds since its last answer after which a sweep that did not end is not gone on with
-# Ansible's words for what it counts as unreachable, though the machine was reached and nothing was started there.
-_NO_START = re.compile(r"privilege escalation prompt|Failed to create temporary directory|[Ii]ncorrect \S+ password")
-# ssh's words when it never got as far as a shell (ssh.c, sshconnect.c, kex.c of OpenSSH 9): nothing was started there.
-_NEVER = re.compile(
-    r"ssh: connect to host|Could not resolve hostname|Host key verification failed|REMOTE HOST IDENTIFICATION"
-    r"|Permission denied|[Nn]o route to host|banner exchange|kex_exchange_identification|Connection refused"
-    r"|Too many authentication failures|no matching |Invalid/incorrect password"
-)
 
 
 @dataclass(frozen=True)
@@ -82,96 +67,6 @@ class Wish:
         return {**asked, "pattern": self.pattern, "kernel": self.kernel, "night": self.night}
 
 
-@dataclass
-class _Folder:
-    """A sweep's folder in the store."""
-
-    path: Path
-    plan: dict[str, Any]
-    answered: dict[str, Machine] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def touched(self) -> float:
-        """Return when it was last written to, in seconds since 1970."""
-        return max(path.stat().st_mtime for path in self.path.iterdir())
-
-    def save(self) -> None:
-        try:
-            write_atomically(json.dumps(self.plan, indent=1).encode() + b"\n", self.path / "plan.json", replace=True)
-        except RecordError as error:
-            raise RecordError(
-                error.message.replace("the record to ", ""), "make room, or give another --store"
-            ) from error
-
-    def begin(self, host: str) -> None:
-        """Note that a machine is being asked: if the controller dies now, something may run there."""
-        with contextlib.suppress(OSError), open(self.path / "begun.ndjson", "a", encoding="utf-8") as file:
-            file.write(json.dumps(host) + "\n")
-
-    def begun(self) -> list[str]:
-        """Return the machines that were being asked and have not answered."""
-        found: dict[str, None] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "begun.ndjson").read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    found[str(json.loads(line))] = None
-        return [host for host in found if host not in self.answered]
-
-    def keep(self, found: Machine, events: Sequence[str]) -> None:
-        """Keep a machine's answer, and then that it is there."""
-        name = nights.file_name(found.host)
-        text = "".join(f"{line}\n" for line in events)
-        if found.how is not How.RECORD:
-            text += json.dumps(event(found)) + "\n"
-        write_atomically(text.encode(), self.path / "hosts" / f"{name}.ndjson", replace=True)
-        with open(self.path / "results.ndjson", "a", encoding="utf-8") as file:
-            file.write(found.as_json())
-            file.flush()
-            os.fsync(file.fileno())
-        self.answered[found.host] = found
-
-
-def _folders(store: Path) -> Iterator[_Folder]:
-    """Return the store's sweeps, the newest first."""
-    for path in sorted((store / "sweeps").glob("*/plan.json"), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            found = _Folder(path.parent, json.loads(path.read_text(encoding="utf-8")))
-            with contextlib.suppress(FileNotFoundError):
-                for line in (path.parent / "results.ndjson").read_text(encoding="utf-8").splitlines():
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a full disk
-                        one = machine(line)
-                        found.answered[one.host] = one
-            yield found
-
-
-@contextlib.contextmanager
-def _only_one(store: Path) -> Iterator[None]:
-    """Hold the store against a second sweep; raise RequirementMissing if there is one."""
-    try:
-        (store / "sweeps").mkdir(parents=True, exist_ok=True)
-        handle = os.open(store / "sweeps" / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RecordError(f"cannot write into {store}: {error.strerror}", "give another: --store DIR") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
-            raise RequirementMissing(
-                f"another sweep is using {store}{f' (process {pid})' if pid.isdigit() else ''}",
-                "wait until it has ended",
-            ) from error
-        with contextlib.suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
 @dataclass(frozen=True)
 class Planned:
     """A machine as --check tells it: its address and user as Ansible has them, its CPU as last seen, whether it goes
@@ -188,7 +83,7 @@ class Planned:
 def check(wish: Wish) -> list[Planned]:
     """Say what a sweep would do, and touch no machine; raise what sweep() would raise before its first connection."""
     found = list_hosts(wish.inventory, wish.pattern).hosts()
-    last = next(_folders(wish.store), None)
+    last = next(folders(wish.store), None)
     known = cpus_of(wish.store)
     hosts = _to_retry(wish, last, list(found)) if wish.retry else list(found)
     going_on = unfinished(wish)
@@ -208,15 +103,15 @@ def check(wish: Wish) -> list[Planned]:
     ]
 
 
-def unfinished(wish: Wish) -> _Folder | None:
+def unfinished(wish: Wish) -> Folder | None:
     """Return the last sweep, if it was interrupted, not long ago, and asked for the same; else None."""
-    last = next(_folders(wish.store), None)
+    last = next(folders(wish.store), None)
     same = last and not last.plan.get("ended") and last.plan.get("asked") == wish.sameness()
     goes_on = same and not wish.afresh and not wish.retry
     return last if last and goes_on and time.time() - last.touched() < _FRESH else None
 
 
-def _to_retry(wish: Wish, last: _Folder | None, hosts: Sequence[str]) -> list[str]:
+def _to_retry(wish: Wish, last: Folder | None, hosts: Sequence[str]) -> list[str]:
     """Return the machines of which the last sweep has no record."""
     if last is None:
         raise UsageError(f"no sweep in {wish.store}", "--retry takes the last sweep's failures")
@@ -238,19 +133,12 @@ def sweep(wish: Wish, say: Say, tick: Callable[[Tally], None]) -> tuple[Swept, n
         check_night(wish.night)
     known = list_hosts(wish.inventory, wish.pattern)  # while the rest is made ready
     try:
-        with _only_one(wish.store):
+        with only_one(wish.store):
             return _Sweep(wish, say, tick, known.hosts).run()
     finally:
         if known.process.poll() is None:
             known.process.kill()
             known.process.communicate()
-
-
-def _take_in(folder: _Folder, store: Path, say: Say) -> nights.Ingested | None:
-    """Take what machines answered in a sweep into its night; None if there is nothing."""
-    if not folder.answered:
-        return None
-    return nights.ingest(folder.path / "hosts", store, say, folder.plan["night"])
 
 
 class _Sweep:
@@ -287,9 +175,9 @@ class _Sweep:
             raise self._trouble[0]
         return self._found
 
-    def _choose(self) -> tuple[_Folder, list[str] | None, int]:
+    def _choose(self) -> tuple[Folder, list[str] | None, int]:
         """Return the folder, the machines to ask (None: all), and how many an earlier try has answered for."""
-        last = next(_folders(self._wish.store), None)
+        last = next(folders(self._wish.store), None)
         if self._wish.retry:
             todo = _to_retry(self._wish, last, self._hosts())
             if not todo:
@@ -310,13 +198,13 @@ class _Sweep:
             return last, todo, len(last.answered)
         return self._make(), None, 0
 
-    def _make(self, night: str = "") -> _Folder:
-        for one in _folders(self._wish.store):
+    def _make(self, night: str = "") -> Folder:
+        for one in folders(self._wish.store):
             if not one.plan.get("ended"):
                 self._say(
                     f"the sweep of {one.plan['started']} is given up; {of(len(one.answered), 'machine')} had answered"
                 )
-                _take_in(one, self._wish.store, self._say)
+                take_in(one, self._wish.store, self._say)
                 one.plan["ended"] = "never: what had answered was taken in"
                 one.save()
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -328,7 +216,7 @@ class _Sweep:
             "hosts": [],
             "ended": "",
         }
-        found = _Folder(path, plan)
+        found = Folder(path, plan)
         try:
             (path / "hosts").mkdir(parents=True)
             found.save()
@@ -374,7 +262,7 @@ class _Sweep:
             if isinstance(error, ProbeError):
                 self._listing.join()
             if not self._trouble:
-                _take_in(self._folder, wish.store, self._say)
+                take_in(self._folder, wish.store, self._say)
                 raise
         if self._trouble:  # an inventory that is none: nothing was begun
             if not self._folder.answered:
@@ -444,10 +332,10 @@ class _Sweep:
         elif name == "runner_on_ok":
             self._answer(host, result)
         elif name == "runner_on_unreachable":
-            said = _ssh_said(result)
-            if _NO_START.search(_said(result)):
+            said = ssh_said(result)
+            if was_reached(result):
                 self._keep(Machine(host, How.FAILED, why=said), ())
-            elif _NEVER.search(_said(result)):
+            elif was_never_reached(result):
                 self._keep(Machine(host, How.UNREACHED, why=f"not reached: {said}"), ())
             else:
                 self._vanished[host] = said
@@ -467,7 +355,7 @@ class _Sweep:
                 said = self._vanished[host]
                 self._keep(Machine(host, How.GONE, why=f"{why}{f': {said}' if said else ''}"), ())
             elif name == "runner_on_unreachable":
-                self._keep(Machine(host, How.GONE, why=f"it went away twice: {_ssh_said(result)}"), ())
+                self._keep(Machine(host, How.GONE, why=f"it went away twice: {ssh_said(result)}"), ())
             else:
                 self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
         self._show()
@@ -551,7 +439,7 @@ class _Sweep:
         swept.continued = self._continued
         if self._engine.stopped:  # for want of room: what the machines keep is asked for when there is some
             return swept, None
-        done = _take_in(folder, self._wish.store, self._say)
+        done = take_in(folder, self._wish.store, self._say)
         hosts_of = {f"{nights.file_name(host)}.ndjson": host for host in folder.answered}
         for bad in done.bad if done else ():
             name = hosts_of.get(bad.file, "")
@@ -564,62 +452,17 @@ class _Sweep:
             "ended": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         }
         folder.save()
-        for old in [*_folders(self._wish.store)][_KEPT:]:
+        for old in [*folders(self._wish.store)][_KEPT:]:
             if old.plan.get("ended"):
                 shutil.rmtree(old.path, ignore_errors=True)
         return swept, done
 
 
-# What Ansible puts around ssh's own words.
-_AROUND = re.compile(
-    r"^(Task failed: )?(Failed to connect to the host via ssh: |Data could not be sent to remote host \S+ "
-    r"Make sure this host can be reached over ssh: ?)?"
-)
-
-
-def _ssh_said(result: dict[str, Any]) -> str:
-    """Return ssh's words, without Ansible's around them, the last two lines of many; "" if it had none."""
-    lines = [line.strip() for line in str(result.get("msg", "")).splitlines() if line.strip()]
-    words = lines[-1:] if lines and "ssh: connect" in lines[-1] and len(lines) > 1 else lines[-2:]
-    return _AROUND.sub("", " ".join(words) + " ").strip()
-
-
-# What an administrator can do about a reason that Ansible or ssh gives.
-_CURES = (
-    ("Host key verification failed", "log in there once by ssh, or take its key with ssh-keyscan"),
-    ("Permission denied \\(", "ansible_user in the inventory, or a key that it knows"),
-    ("sudo: not found", "log in as root: ansible_user=root, or --no-become"),
-    ("interpreter .* was not found|python[0-9.]*: (not found|Permission denied)", "ansible_python_interpreter"),
-    ("kexec: not found", "install kexec-tools there, or give the inventory spec_ctrl_boot"),
-    ("privilege escalation prompt", "sudo there asks, or hangs: NOPASSWD, or ansible_user=root"),
-)
-
-
-def _with_cure(why: str) -> str:
-    """Add what can be done about a reason, where that is known."""
-    cure = next((cure for pattern, cure in _CURES if re.search(pattern, why)), "")
-    return f"{why} ({cure})" if cure else why
-
-
 def _short(found: Machine) -> Machine:
     """Return a machine whose words are no longer than a reader's patience, and plain."""
-    why = _with_cure("".join(char if char.isprintable() else " " for char in found.why))
+    why = with_cure("".join(char if char.isprintable() else " " for char in found.why))
     at = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     return replace(found, why=why[:400], step=found.step[:100], at=at)
-
-
-def _said(result: dict[str, Any]) -> str:
-    return " ".join(str(result.get("msg", "it said nothing")).split())
-
-
-def said_of_failure(result: dict[str, Any]) -> str:
-    """Say why a task failed on a machine: in the machine's words where Ansible got no answer of its module."""
-    said = _AROUND.sub("", _said(result) + " ").strip()
-    for key in ("module_stderr", "stderr", "module_stdout", "stdout"):
-        lines = [line.strip() for line in str(result.get(key) or "").splitlines() if line.strip()]
-        if lines:
-            return f"it answered: {lines[-1]}" if said.startswith("Module result") else f"{said}: {lines[-1]}"
-    return said
 
 
 def _agent(wish: Wish, say: Say) -> bytes:

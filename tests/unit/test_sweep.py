@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kernel_harness.lab import commands, nights, sweep
+from kernel_harness.lab import answers, commands, nights, reasons, sweep
 from kernel_harness.lab.engine import sources
 from probe.cli import main
 from probe.errors import ExitCode, UsageError
@@ -172,10 +172,10 @@ def test_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
 # --- the store's folder of a sweep -----------------------------------------------------------------------------------
 
 
-def folder(store: Path, *machines: Machine, ended: str = "", name: str = "20261128T020000Z-0000") -> sweep._Folder:
+def folder(store: Path, *machines: Machine, ended: str = "", name: str = "20261128T020000Z-0000") -> answers.Folder:
     place = store / "sweeps" / name
     (place / "hosts").mkdir(parents=True)
-    made = sweep._Folder(place, {"hosts": ["a", "b", "c"], "ended": ended, "started": "2026-11-28T02:00:00Z"})
+    made = answers.Folder(place, {"hosts": ["a", "b", "c"], "ended": ended, "started": "2026-11-28T02:00:00Z"})
     made.save()
     for one in machines:
         made.keep(one, ['{"event": "start"}'])
@@ -186,7 +186,7 @@ def test_what_a_sweep_kept_is_read_again_but_for_a_line_that_was_cut(tmp_path: P
     made = folder(tmp_path, Machine("a", How.RECORD, 0), Machine("b", How.FAILED, 3, "bit 1", "it said: x"))
     with open(made.path / "results.ndjson", "a", encoding="utf-8") as file:
         file.write('{"host": "c", "how')
-    (found,) = sweep._folders(tmp_path)
+    (found,) = answers.folders(tmp_path)
     assert {host: one.how for host, one in found.answered.items()} == {"a": How.RECORD, "b": How.FAILED}
     assert (made.path / "hosts/a.ndjson").read_text() == '{"event": "start"}\n'
     assert read((made.path / "hosts/b.ndjson").read_bytes()).ended == "it said: x"
@@ -214,15 +214,15 @@ def test_the_stores_own_files_are_no_machines(tmp_path: Path) -> None:
 def test_words_of_a_failed_task() -> None:
     ansible = "Module result deserialization failed: No start of json char found"
     answered = {"msg": ansible, "module_stdout": "x\r\n/bin/sh: 1: python3: not found\r\n", "module_stderr": ""}
-    assert sweep.said_of_failure(answered) == "it answered: /bin/sh: 1: python3: not found"
-    assert sweep.said_of_failure({"msg": "Task failed: Missing sudo password"}) == "Missing sudo password"
-    assert sweep.said_of_failure({}) == "it said nothing"
+    assert reasons.said_of_failure(answered) == "it answered: /bin/sh: 1: python3: not found"
+    assert reasons.said_of_failure({"msg": "Task failed: Missing sudo password"}) == "Missing sudo password"
+    assert reasons.said_of_failure({}) == "it said nothing"
     unreached = {
         "msg": "Task failed: Failed to connect to the host via ssh: @@@\r\nwarned\r\nHost key verification failed."
     }
-    assert sweep._ssh_said(unreached) == "warned Host key verification failed."
+    assert reasons.ssh_said(unreached) == "warned Host key verification failed."
     gone = 'Task failed: Data could not be sent to remote host "lab5". Make sure this host can be reached over ssh: '
-    assert sweep._ssh_said({"msg": gone}) == ""
+    assert reasons.ssh_said({"msg": gone}) == ""
 
 
 # --- Ansible's module ------------------------------------------------------------------------------------------------
