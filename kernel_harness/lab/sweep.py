@@ -245,7 +245,7 @@ class _Sweep:
         self._engine = engine
         todo, stopped = self._todo, ""
         try:
-            if self._continued:
+            if self._todo is not None:  # of a sweep that goes on
                 self._vanished = dict.fromkeys(
                     self._folder.begun(), "it was being asked when the sweep was interrupted"
                 )

@@ -128,6 +128,19 @@ def test_what_had_answered_before_an_interrupt_is_in_the_store(engine: type[Engi
     assert stored(store) == set(HOSTS)
 
 
+def test_a_sweep_of_which_nobody_had_answered_goes_on_too(engine: type[Engine], tmp_path: Path) -> None:
+    def stops(name: str, hosts: list[str], event: Event) -> None:
+        raise KeyboardInterrupt
+
+    engine.script = stops
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path / "s")
+    engine.script = all_well
+    done, _ = swept(tmp_path / "s")
+    assert engine.plays[1:] == [("again.yml", HOSTS)], "agents may be running everywhere"
+    assert len(done.of(How.RECORD)) == 20
+
+
 @pytest.mark.parametrize("wish", [{"afresh": True}, {"arguments": ("--pairs",)}, {"pattern": "x"}])
 def test_a_sweep_that_is_given_up_is_taken_in(engine: type[Engine], tmp_path: Path, wish: dict[str, Any]) -> None:
     """By whatever the next one asks for; the store may have been full when it was interrupted."""
