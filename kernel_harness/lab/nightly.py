@@ -218,9 +218,13 @@ def verify(found: Units, *, user: bool) -> str:
         done = subprocess.run(
             [*command, f"{folder}/{TIMER}"], capture_output=True, text=True, check=False, env=environment
         )
-        said = " ".join(line for line in (done.stdout + done.stderr).splitlines() if "spec-ctrl-probe" in line)
+        lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
+        said = next((line for line in lines if "spec-ctrl-probe" in line), "")
     if done.returncode:
-        raise UsageError(f"systemd does not take these units: {said or done.stderr.strip()[-300:]}", "see --at")
+        raise UsageError(
+            f"systemd does not take these units: {said or done.stderr.strip()[-300:]}",
+            "--at takes an OnCalendar: 02:00",
+        )
     return ""
 
 
