@@ -33,7 +33,10 @@ _CURES = (
     ("Host key verification failed", "log in there once by ssh, or take its key with ssh-keyscan"),
     ("Permission denied \\(", "ansible_user in the inventory, or a key that it knows"),
     ("sudo: not found", "log in as root: ansible_user=root, or --no-become"),
-    ("interpreter .* was not found|python[0-9.]*: (not found|Permission denied)", "ansible_python_interpreter"),
+    (
+        "interpreter .* was not found|python[0-9.]*: (not found|Permission denied)",
+        "install one, or name it: ansible_python_interpreter",
+    ),
     ("kexec: not found", "install kexec-tools there, or give the inventory spec_ctrl_boot"),
     ("privilege escalation prompt", "sudo there asks, or hangs: NOPASSWD, or ansible_user=root"),
 )
