@@ -72,10 +72,13 @@ def sweep_figures() -> None:
 
 
 def _inventory(hosts: Lab, name: str, count: int) -> str:
-    """Write an inventory of so many machines on the hosts that there are."""
-    lines = [f"m{number} ansible_host={hosts.names[number % COUNT]} ansible_user=root" for number in range(count)]
+    """Write an inventory of so many machines on the hosts there are, each with a name and connection of its own."""
+    config = hosts.folder / f"{name}.ssh_config"
+    named = [f"Host m{number}\n    HostName 192.0.2.{number % COUNT + 1}\n" for number in range(count)]
+    config.write_text("".join(named) + hosts.ssh_config.read_text())
     path = hosts.folder / f"{name}.ini"
-    path.write_text("\n".join([*lines, "[all:vars]", f"ansible_ssh_common_args='-F {hosts.ssh_config}'"]) + "\n")
+    lines = [*(f"m{number} ansible_user=root" for number in range(count)), "[all:vars]"]
+    path.write_text("\n".join([*lines, f"ansible_ssh_common_args='-F {config}'"]) + "\n")
     return str(path)
 
 
@@ -89,6 +92,8 @@ def _seconds(hosts: Lab, *words: str, ends: tuple[int, ...] = (0,)) -> float:
         f"ANSIBLE_LIBRARY={hosts.folder}/library",
         "ANSIBLE_PIPELINING=1",
         f"PATH={_BIN}:{os.environ['PATH']}",
+        # every run connects anew, as at night: a master of the run before would spare plain Ansible that
+        f"ANSIBLE_SSH_CONTROL_PATH_DIR={tempfile.mkdtemp(dir=hosts.folder)}",
     ]
     begin = time.monotonic()
     done = hosts.command("env", *environment, *words, timeout=300)
