@@ -27,8 +27,9 @@ NIGHT = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])\Z")
 class Row:
     """CPUs of one machine that did alike in one run, or one KVM; masks of 64 bits, text where nothing is known "".
 
-    status is that of the whole record (pass, fail, skip, error); lost the step at which the machine was lost, then the
-    masks are 0 and sha256 is "".
+    odd are bits whose write did not fault, and of which the read-back tells nothing: altered or unstable (nights
+    before this column have NULL). status is that of the whole record (pass, fail, skip, error); lost the step at
+    which the machine was lost, then the masks are 0 and sha256 is "".
     """
 
     night: str
@@ -49,6 +50,7 @@ class Row:
     faults: int
     unmeasured: int
     wrong: int
+    odd: int
     status: str
     findings: str
     explained: str
@@ -57,7 +59,7 @@ class Row:
     sha256: str
 
 
-MASKS = ("accepts", "retained", "faults", "unmeasured", "wrong")
+MASKS = ("accepts", "retained", "faults", "unmeasured", "wrong", "odd")
 COLUMNS: dict[str, str] = {
     field.name: "UBIGINT" if field.name in MASKS else "INTEGER" if field.type == "int" else "VARCHAR"
     for field in fields(Row)
@@ -94,6 +96,7 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
         faults=0,
         unmeasured=ALL_BITS,
         wrong=0,
+        odd=0,
         status=report.status.value,
         findings="; ".join(dict.fromkeys(told))[:2000],
         explained="",
@@ -136,6 +139,7 @@ def _of_group(row: Row, cpus: str, seen: rec.ObservationEntry | None, verdict: r
         faults=masks["fault"],
         unmeasured=ALL_BITS & ~(accepts | masks["fault"]),
         wrong=wrong,
+        odd=masks["altered"] | masks["unstable"],
     )
 
 

@@ -308,4 +308,5 @@ def _told(change: dict[str, Any]) -> tuple[str, ...]:
     told += [
         f"{name}: {change[name]}" for name in ("status", "explained", "microcode", "kernel", "bios") if change[name]
     ]
-    return (*told, *(["it was lost, and is back"] if change["lost"] == "is back" else []))
+    told += ["it was lost, and is back"] if change["lost"] == "is back" else []
+    return tuple(told or ["the same bits are judged otherwise"])

@@ -16,7 +16,7 @@ from probe.report.kcidb import identifier
 from probe.report.layout import clean
 
 _STATUS = {"pass": "PASS", "fail": "FAIL", "skip": "SKIP", "error": "ERROR"}
-_MASKS = ("accepts", "retained", "faults", "unmeasured", "wrong")
+_MASKS = ("accepts", "retained", "faults", "unmeasured", "wrong", "odd")
 _UNKNOWN = "not known: no record came"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from probe import record as rec
 from probe.arguments import make_parser
 from probe.cli import main
 from probe.errors import ProbeError, RequirementMissing, UsageError
-from probe.masks import parse_hex64
+from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.night import Change, Night, grouped
 from probe.report import kcidb_night, night_text, prometheus
 from probe.report.page.night import render
@@ -155,6 +156,33 @@ def test_the_heat_map_of_a_night_has_what_the_rows_have(store: Path) -> None:
     record = run("2026-11-25")
     faults = parse_hex64(record.observations[0].outcomes.fault)
     assert all(row.faults & ~0x2 == faults & ~0x2 for row in rows)
+
+
+def test_where_nobody_looked_and_what_tells_nothing_is_not_told_as_dropped() -> None:
+    """A KVM that let no guest through, and a register whose read-back is not steady (legacy IBRS)."""
+    from probe.report.page import heat
+
+    kvm = nights_.lost_row("k", "2026-11-25", "")
+    nobody = replace(kvm, kind="kvm", vendor="Intel", accepts=0x6, faults=ALL_BITS & ~0x6, unmeasured=0x6)
+    seen = run("2026-11-25")
+    for entry in seen.observations:
+        kept = parse_hex64(entry.outcomes.retained)
+        entry.outcomes.retained, entry.outcomes.unstable = hex64(0), hex64(kept)
+    (unsteady, *_) = nights_.rows_of(seen, "u", "2026-11-25", "")
+    assert unsteady.odd
+    assert unsteady.odd == unsteady.accepts
+    map_ = heat.of_night([nobody, unsteady])
+    columns = {column.mask: at for at, column in enumerate(map_.columns)}
+    states = {row.names[1]: [row.cells[0][columns[bit]].state for bit in (0x2, 0x1)] for row in map_.rows}
+    assert states["k"] == ["n", "f"]
+    assert states["u"][0] == "o"
+    assert not [cell for row in map_.rows for cell in row.cells[0] if cell.state == "d"]
+
+
+def test_a_change_that_only_the_judge_made_is_told() -> None:
+    nothing = dict.fromkeys(("kept_now", "no_longer_kept", "faults_now", "no_longer_faults"), "0x0")
+    texts = dict.fromkeys(("status", "explained", "microcode", "kernel", "bios", "lost"), "")
+    assert history._told({**nothing, **texts}) == ("the same bits are judged otherwise",)
 
 
 def test_a_hostile_name_or_reason_stays_text(store: Path) -> None:

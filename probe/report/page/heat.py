@@ -156,8 +156,9 @@ def of_night(rows: Sequence[NightRow]) -> Map:
         where = "KVM on " if row.kind == "kvm" else ""
         under = f" under {row.hypervisor}" if row.hypervisor else ""
         cpu = f"{where}{row.vendor} {row.family:02x}-{row.model:02x}-{row.stepping:02x} ucode {row.microcode}{under}"
-        dropped = row.accepts & ~row.retained
-        masks = (row.retained & row.accepts, dropped, row.faults & ~row.unmeasured, 0, row.wrong)
+        known = ~row.unmeasured
+        dropped = row.accepts & ~row.retained & ~row.odd & known
+        masks = (row.retained & row.accepts & known, dropped, row.faults & known, row.odd, row.wrong)
         names = hosts.setdefault((cpu, masks), [])
         if row.host not in names:
             names.append(row.host)
