@@ -34,7 +34,7 @@ _HOST = re.compile(r"[^A-Za-z0-9._-]+")
 _LOST, _ASIDE = "lost.ndjson", "aside.ndjson"
 _ENDING = re.compile(r"\.(json|ndjson|jsonl|log|out|txt)\Z")
 _OF_A_NIGHT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.(html|txt|kcidb)\Z")
-_OF_STORE = re.compile(r"(?:[0-9-]{10}/)?(?:records/)?(?P<host>[A-Za-z0-9._-]{1,100})-[0-9a-f]{16}\.json\Z")
+_OF_STORE = re.compile(r"(?:(?P<night>[0-9-]{10})/)?(?:records/)?(?P<host>[A-Za-z0-9._-]{1,100})-[0-9a-f]{16}\.json\Z")
 
 
 def connect() -> duckdb.DuckDBPyConnection:
@@ -80,9 +80,10 @@ class Ingested:
 def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
     """Take in whatever an engine left below a folder; the file's, or its first folder's, name is the machine's.
 
-    night is the night of all that comes; else it is the date on which a record was started, and the most frequent of
-    these for machines without one. A night of the store without a Parquet file gets one. Raise RecordError for a folder
-    or store that cannot be read or written, RequirementMissing without DuckDB.
+    night is the night of all that comes; else it is that of the other store which a file is of, or the date on which a
+    record was started, and the most frequent of these for machines without one. A night of the store without a Parquet
+    file gets one. Raise RecordError for a folder or store that cannot be read or written, RequirementMissing without
+    DuckDB.
     """
     if night:
         nights.check_night(night)
@@ -117,7 +118,7 @@ def ingest(folder: Path, store: Path, say: Say, night: str = "") -> Ingested:
             arrived = nights.read(raw)
             kept = False
             for text in arrived.records:
-                date = _keep(text, host, store, _printable(name), night, done)
+                date = _keep(text, host, store, _printable(name), night or _night_of(name), done)
                 if date:
                     kept = True
                     with_record.add(host)
@@ -155,7 +156,7 @@ class Waiting:
 
 def _is_foreign(path: Path, store: Path) -> bool:
     """Tell whether a file is not of the store itself; of another store only records are."""
-    if path.name.startswith(".") or path.suffix == ".parquet" or path.name in (_LOST, _ASIDE):
+    if path.name.startswith(".") or path.suffix in (".parquet", ".prom") or path.name in (_LOST, _ASIDE):
         return False
     if _OF_A_NIGHT.match(path.name):  # what nightly makes of one
         return False
@@ -177,6 +178,13 @@ def host_of(name: str) -> str:
     first, _, rest = name.partition("/")
     word = first if rest else _ENDING.sub("", first)
     return _HOST.sub("-", _printable(word))[:100] or "unnamed"
+
+
+def _night_of(name: str) -> str:
+    """Return the night of a file of another store, or ""."""
+    kept = _OF_STORE.match(name)
+    night = (kept and kept.group("night")) or ""
+    return night if nights.NIGHT.match(night) else ""
 
 
 def file_name(host: str) -> str:

@@ -384,3 +384,11 @@ def test_the_nights_in_results_are_what_their_records_say(tmp_path: Path) -> Non
             shown = (EVIDENCE / f"{one}{ending}").read_text(encoding="utf-8")
             assert (store / f"{one}{ending}").read_text(encoding="utf-8") == shown, f"{one}{ending}"
     assert len(list(EVIDENCE.glob("*/records/*.json"))) == 26
+
+
+def test_another_stores_nights_stay_those_nights(tmp_path: Path) -> None:
+    """All of these records were started on one day."""
+    done = nights.ingest(EVIDENCE, tmp_path / "merged", print)
+    assert (done.new, done.lost, done.bad) == (26, {}, [])
+    (change,) = history.night(tmp_path / "merged").changes
+    assert change.hosts == ("lab8",)
