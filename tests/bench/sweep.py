@@ -18,6 +18,7 @@ from tests.live.lab_hosts import Lab, lab, lacks
 
 COUNT, ENTRIES, ROUNDS = 16, 160, 3
 _BIN = Path(sys.executable).parent
+_AGENT_SIZE = 1_500_000
 # What the agent costs is the machine's; this one costs a second and gives a record that is real.
 _PROBE = """import json, sys, time
 time.sleep(1)
@@ -47,6 +48,7 @@ def sweep_figures() -> None:
         (folder / "library/one_second.py").write_text(_PLAIN)
         with zipfile.ZipFile(folder / "probe.pyz", "w") as probe:
             probe.writestr("__main__.py", _PROBE.format(record=str(RECORD)))
+            probe.writestr("ballast", os.urandom(_AGENT_SIZE))  # a sweep carries the agent to every machine
         small = _inventory(hosts, "small", COUNT)
         playbook = folder / "plain.yml"
         playbook.write_text("- hosts: all\n  gather_facts: false\n  become: true\n  tasks:\n    - one_second:\n")
