@@ -522,8 +522,8 @@ def test_sigkill_at_100_random_moments(main: Boot, bench: Bench) -> None:
         which = f"kill {number}, {kill.after:.3f} s into the walk, {seed}; journal's end: {kill.left[-300:]}"
         assert kill.changed == [], which
         assert kill.cleared == 0, which
-        if steps(kill.left):
-            assert restored_by(kill.left) == ["watchdog"], which
+        if steps(kill.left):  # the agent may have put everything back before it was killed, and not ended the journal
+            assert restored_by(kill.left) in (["watchdog"], ["agent", "watchdog"]), which
     in_the_walk = [kill for kill in seen.kills if kill.code < 0 and steps(kill.left)]
     assert len(in_the_walk) >= 60, f"only {len(in_the_walk)} of 100 kills fell into the walk; {seed}"
     rescued = [kill for kill in in_the_walk if kill.rescued]
