@@ -28,6 +28,7 @@ from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import Sets, compare_sets
 from probe.errors import RecordError
 from probe.masks import format_bits, parse_list
+from probe.registers import SPEC_CTRL
 from probe.report import diff_text
 from probe.report.layout import clean, fields, joined, paragraph
 from probe.report.layout import field as labelled
@@ -545,7 +546,7 @@ def _first_moved(differing: Sequence[Comparison]) -> str:
     moved = next((one for comparison in differing for one in comparison.moved), None)
     if moved is None:
         return "not the same CPUs or guest CPUIDs were measured"
-    bits = f" bits {diff_text.named(moved.bits)}:" if moved.bits else ""
+    bits = f" bits {SPEC_CTRL.brief(moved.bits)}:" if moved.bits else ""
     more = f", and {_count(count - 1, 'change')} more" if count > 1 else ""
     return f"moved: {moved.what}:{bits} {moved.before} -> {moved.after}{more}"
 

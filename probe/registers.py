@@ -87,11 +87,15 @@ class Msr:
 
     def describe(self, mask: int) -> str:
         """Return the bits of a 64-bit mask and the names of the defined ones: "1-2 (STIBP, SSBD)"."""
-        known = mask & self.defined
-        if not known or mask == ALL_BITS:
-            return format_bits(mask)
-        if known == self.defined:
+        if mask & self.defined == self.defined and mask != ALL_BITS:
             return f"{format_bits(mask)} (among them all that are defined)"
+        return self.brief(mask)
+
+    def brief(self, mask: int) -> str:
+        """Return the same where room is short: numbers alone if all that are defined are among them."""
+        known = mask & self.defined
+        if not known or known == self.defined:
+            return format_bits(mask)
         return f"{format_bits(mask)} ({', '.join(self.name_of(bit) for bit in bits_of(known))})"
 
 

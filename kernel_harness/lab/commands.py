@@ -251,7 +251,7 @@ def _install(arguments: argparse.Namespace, voice: Voice) -> ExitCode:
     _check_afterwards(arguments)
     if arguments.user and arguments.run_as != "root":
         raise UsageError("--run-as is for --system", "--user runs it as you")
-    hosts = list_hosts(wish.inventory, wish.pattern).hosts()
+    hosts = list_hosts(wish.inventory, wish.pattern)
     store = Path(arguments.store).absolute()
     if arguments.night:
         raise UsageError("a timer's night is the date on which it runs", "leave out --night")

@@ -36,6 +36,8 @@ _SSH = (
     "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
     "{{ '' if ansible_password is defined or ansible_ssh_pass is defined else ' -o BatchMode=yes' }}"
 )
+# Ansible asks its workers every millisecond how far they are: a tenth of a CPU, all night.
+_CONFIGURATION = "[defaults]\ninternal_poll_interval = 0.02\n"
 _SSH_OF_ANSIBLE = "-C -o ControlMaster=auto -o ControlPersist=60s"
 
 
@@ -110,31 +112,6 @@ def sources(inventory: Sequence[str]) -> list[str]:
     return found
 
 
-@dataclass
-class Listing:
-    """The machines of an inventory, asked for while other things are done."""
-
-    inventory: tuple[str, ...]
-    process: subprocess.Popen[str]
-
-    def hosts(self) -> dict[str, dict[str, Any]]:
-        """Return each machine's variables by its name; raise UsageError if there is none, with what Ansible said."""
-        out, err = self.process.communicate()
-        said = complaint(err)
-        try:
-            groups = json.loads(out)
-            variables: dict[str, dict[str, Any]] = groups.pop("_meta").get("hostvars", {})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"Ansible cannot read the inventory: {said or 'it said nothing'}") from error
-        names = {name: None for group in groups.values() for name in group.get("hosts", ())}
-        if not names:
-            raise UsageError(
-                f"no machine in {', '.join(self.inventory)}{f': {said}' if said else ''}",
-                "ansible-inventory -i INVENTORY --list shows what there is",
-            )
-        return {name: variables.get(name, {}) for name in names}
-
-
 def complaint(text: str) -> str:
     """Return what Ansible complained of, in its words: the first of its errors, else of its warnings."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", text)
@@ -143,34 +120,50 @@ def complaint(text: str) -> str:
     return " ".join(first.split())[:300]
 
 
-def list_hosts(inventory: Sequence[str], limit: str = "") -> Listing:
-    """Ask Ansible which machines an inventory has; limit is a pattern of Ansible's."""
+def list_hosts(inventory: Sequence[str], limit: str = "") -> dict[str, dict[str, Any]]:
+    """Return each machine of an inventory with its variables, as Ansible has them; limit is a pattern of Ansible's.
+
+    Raise UsageError if there is none, with what Ansible said.
+    """
     own = [word for one in sources(inventory) for word in ("-i", one)]
     command = [_program("ansible-inventory"), "--list", *own]
     if limit:
         command += ["--limit", limit]
-    environment = {**os.environ, **_environment()}
-    process = subprocess.Popen(
-        ["nice", *command],  # a sweep that has begun goes first
+    done = subprocess.run(
+        command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         errors="replace",
-        env=environment,
+        env={**os.environ, **_environment()},
+        check=False,
     )
-    return Listing(tuple(inventory), process)
+    said = complaint(done.stderr)
+    try:
+        groups = json.loads(done.stdout)
+        variables: dict[str, dict[str, Any]] = groups.pop("_meta").get("hostvars", {})
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"Ansible cannot read the inventory: {said or 'it said nothing'}") from error
+    names = {name: None for group in groups.values() for name in group.get("hosts", ())}
+    if not names:
+        raise UsageError(
+            f"no machine in {', '.join(inventory)}{f': {said}' if said else ''}",
+            "ansible-inventory -i INVENTORY --list shows what there is",
+        )
+    return {name: variables.get(name, {}) for name in names}
 
 
 @dataclass
 class Engine:
-    """Playbooks over an inventory with the agent in hand. stop() ends the one that runs, and tells why."""
+    """Playbooks over an inventory with the agent in hand. stop() ends the one that runs, and tells why; hosts are the
+    machines of the last one, known before the first is asked."""
 
     inventory: tuple[str, ...]
     agent: bytes
     forks: int
     values: Mapping[str, Any]
     limit: str = ""
+    hosts: list[str] = field(default_factory=list)
     _why: list[str] = field(default_factory=list)
 
     def stop(self, why: str) -> None:
@@ -182,8 +175,18 @@ class Engine:
         """Why it was stopped, or ""."""
         return self._why[0] if self._why else ""
 
-    def play(self, name: str, hosts: Sequence[str] | None, event: Callable[[str, dict[str, Any]], None]) -> None:
+    def play(
+        self,
+        name: str,
+        hosts: Sequence[str] | None,
+        event: Callable[[str, dict[str, Any]], None],
+        *,
+        known: bool = False,
+    ) -> None:
         """Run one playbook over some machines (None: all); event gets each of the engine's events that has a machine.
+
+        Of known ones it is taken that they have the agent, and a python3 in their PATH: neither is the agent sent, 2 MB
+        each and half a second of a machine's CPU, nor a Python looked for. The inventory's own interpreter goes first.
 
         Raise KeyboardInterrupt for SIGINT and SIGTERM, ProbeError if Ansible does not run at all.
         """
@@ -199,13 +202,16 @@ class Engine:
                 cmdline += ["--limit", f"@{folder / 'limit'}"]
             elif self.limit:
                 cmdline += ["--limit", self.limit]
-            self._pack(folder / "module_utils")
+            self._pack(folder / "module_utils", carry=not known)
             seen: list[str] = []
+            self.hosts = []
 
             def handle(one: dict[str, Any]) -> bool:
                 seen.append(one.get("stdout", "")[-500:])
                 del seen[:-20]
                 data = one.get("event_data", {})
+                if one.get("event") == "playbook_on_play_start" and str(data.get("name")).startswith("["):
+                    self.hosts = json.loads(data["name"])  # of the play that only tells them
                 if data.get("host") and not self.stopped:
                     event(one["event"], data)
                 return False  # nothing is kept on disk
@@ -221,6 +227,13 @@ class Engine:
                 "ANSIBLE_MODULE_UTILS": str(folder / "module_utils"),
                 "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder),
             }
+            if configuration() is None:  # one's own may say otherwise, and paths in it are relative to where it is
+                (folder / "ansible.cfg").write_text(_CONFIGURATION, encoding="utf-8")
+                private["ANSIBLE_CONFIG"] = str(folder / "ansible.cfg")
+            if known:
+                private["ANSIBLE_PYTHON_INTERPRETER"] = _of_user(
+                    "ANSIBLE_PYTHON_INTERPRETER", "defaults", "interpreter_python", "python3"
+                )
             interrupted: list[int] = []
             left: list[psutil.Process] = []
 
@@ -254,10 +267,10 @@ class Engine:
                 f"Ansible ended with exit code {done.rc}: {complaint(' '.join(seen)) or 'it said nothing'}"
             )
 
-    def _pack(self, folder: Path) -> None:
-        """Write the agent as Python, so that it travels with the module."""
+    def _pack(self, folder: Path, *, carry: bool) -> None:
+        """Write the agent's name as Python, which travels with the module; and the agent, if it is to be carried."""
         folder.mkdir(mode=0o700)
-        text = base64.b64encode(self.agent).decode()
+        text = base64.b64encode(self.agent).decode() if carry else ""
         digest = hashlib.sha256(self.agent).hexdigest()
         (folder / "spec_ctrl_agent.py").write_text(f'AGENT = "{text}"\nSHA256 = "{digest}"\n')
 

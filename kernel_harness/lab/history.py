@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernel_harness.lab.nights import connect, nights_of
 from probe.errors import RecordError, UsageError
 from probe.masks import format_list
 from probe.night import Change, Night, grouped, is_no_news
 from probe.nights import NIGHT
-from probe.report.diff_text import named
+from probe.registers import SPEC_CTRL
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 def _machines(source: str = "runs") -> str:
@@ -195,13 +200,23 @@ def cpus_of(store: Path) -> dict[str, str]:
     return {str(host): str(cpu) for host, cpu in ask(store, "sql", sql=sql).rows}
 
 
-def ask(store: Path, question: str, *, before: str = "", after: str = "", host: str = "", sql: str = "") -> Answer:
-    """Ask one of QUESTIONS, or SQL of one's own over the view runs; before and after are nights (the last two).
+def ask(
+    store: Path,
+    question: str,
+    *,
+    before: str = "",
+    after: str = "",
+    host: str = "",
+    sql: str = "",
+    connection: duckdb.DuckDBPyConnection | None = None,
+) -> Answer:
+    """Ask one of QUESTIONS, or SQL of one's own over the view runs; before and after are nights (the last two);
+    connection is one of connect(), where several are asked.
 
     Raise RecordError for a store without such nights, UsageError for SQL that is none, RequirementMissing without
     DuckDB.
     """
-    connection = connect()
+    connection = connection or connect()
     there = nights_of(store)
     if not there:
         raise RecordError(f"no night in {store.absolute()}", "sweep, or ingest DIR, puts one there; --store DIR")
@@ -216,7 +231,7 @@ def ask(store: Path, question: str, *, before: str = "", after: str = "", host: 
     # a path is a pattern to DuckDB
     paths = [re.sub(r"[*?\[]", r"[\g<0>]", str(store / f"{night}.parquet")).replace("'", "''") for night in wanted]
     files = ", ".join(f"'{path}'" for path in paths)
-    connection.execute(f"CREATE VIEW runs AS SELECT * FROM read_parquet([{files}], union_by_name = true)")
+    connection.execute(f"CREATE OR REPLACE VIEW runs AS SELECT * FROM read_parquet([{files}], union_by_name = true)")
     import duckdb
 
     try:
@@ -249,20 +264,16 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
     before = before or next((one for one in reversed(there) if one < date), "")
     if date and not NIGHT.match(date):
         raise RecordError(f"{date[:20]!r} is no date", "such as 2026-11-25")
-    select = f"FROM runs WHERE night = '{date}'"
-    machines, records = ask(
-        store,
-        "sql",
-        after=date,
-        sql=f"SELECT count(DISTINCT host), count(DISTINCT host || sha256) FILTER (sha256 <> '') {select}",
-    ).rows[0]
-    lost = _lost(store, date)
-    known = _lost(store, before) if before else []
+    answers = partial(ask, store, after=date, connection=connect())
+    count = "count(DISTINCT host), count(DISTINCT host || sha256) FILTER (sha256 <> '')"
+    machines, records = answers("sql", sql=f"SELECT {count} FROM runs WHERE night = '{date}'").rows[0]
+    lost = _lost(answers, date)
+    known = _lost(answers, before) if before else []
     first = f"SELECT host FROM runs GROUP BY host HAVING min(night) = '{date}' ORDER BY 1"
-    missing = [(str(row[0]), str(row[2])) for row in ask(store, "missing", after=date).rows if row[1] == "not seen"]
+    missing = [(str(row[0]), str(row[2])) for row in answers("missing").rows if row[1] == "not seen"]
     changes: list[Change] = []
     if before:
-        answer = ask(store, "changes", before=before, after=date)
+        answer = answers("changes", before=before)
         found = [dict(zip(answer.columns, row)) for row in answer.rows]
         changes = grouped(
             [
@@ -271,7 +282,7 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
                 if not one["lost"] or one["lost"] == "is back"
             ]
         )
-    findings = ask(store, "findings", after=date)
+    findings = answers("findings")
     return Night(
         date=date,
         before=before,
@@ -282,7 +293,7 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
         still=tuple(one for one in lost if is_no_news(one, known)),
         missing=tuple(one for one in missing if one[1] >= before),
         absent=tuple(one for one in missing if one[1] < before),
-        new=tuple(str(row[0]) for row in ask(store, "sql", after=date, sql=first).rows) if before else (),
+        new=tuple(str(row[0]) for row in answers("sql", sql=first).rows) if before else (),
         findings=tuple(
             (str(host), str(kind), str(since), f"bits {bits}: {told}" if bits else str(told))
             for host, kind, since, bits, told in findings.rows
@@ -290,10 +301,10 @@ def night(store: Path, date: str = "", before: str = "") -> Night:
     )
 
 
-def _lost(store: Path, date: str) -> list[tuple[str, str]]:
+def _lost(answers: Callable[..., Answer], date: str) -> list[tuple[str, str]]:
     """Return what is known of each machine that was lost, and its name."""
     sql = f"SELECT lost, host FROM runs WHERE night = '{date}' AND lost <> '' ORDER BY ALL"
-    return [(str(why), str(host)) for why, host in ask(store, "sql", after=date, sql=sql).rows]
+    return [(str(why), str(host)) for why, host in answers("sql", sql=sql).rows]
 
 
 def _told(change: dict[str, Any]) -> tuple[str, ...]:
@@ -304,7 +315,7 @@ def _told(change: dict[str, Any]) -> tuple[str, ...]:
         ("faults_now", "#GP on bits {} now"),
         ("no_longer_faults", "no #GP any more on bits {}"),
     ]
-    told = [text.format(named(int(change[name], 16))) for name, text in bits if int(change[name], 16)]
+    told = [text.format(SPEC_CTRL.brief(int(change[name], 16))) for name, text in bits if int(change[name], 16)]
     told += [
         f"{name}: {change[name]}" for name in ("status", "explained", "microcode", "kernel", "bios") if change[name]
     ]

@@ -15,11 +15,11 @@ import json
 import os
 import secrets
 import shutil
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Planned:
 
 def check(wish: Wish) -> list[Planned]:
     """Say what a sweep would do, and touch no machine; raise what sweep() would raise before its first connection."""
-    found = list_hosts(wish.inventory, wish.pattern).hosts()
+    found = list_hosts(wish.inventory, wish.pattern)
     last = next(folders(wish.store), None)
     known = cpus_of(wish.store)
     hosts = _to_retry(wish, last, list(found)) if wish.retry else list(found)
@@ -131,53 +131,36 @@ def sweep(wish: Wish, say: Say, tick: Callable[[Tally], None]) -> tuple[Swept, n
     """
     if wish.night:
         check_night(wish.night)
-    known = list_hosts(wish.inventory, wish.pattern)  # while the rest is made ready
-    try:
-        with only_one(wish.store):
-            return _Sweep(wish, say, tick, known.hosts).run()
-    finally:
-        if known.process.poll() is None:
-            known.process.kill()
-            known.process.communicate()
+    sources(wish.inventory)
+    with only_one(wish.store):
+        return _Sweep(wish, say, tick).run()
 
 
 class _Sweep:
     """One sweep on its way."""
 
-    def __init__(
-        self, wish: Wish, say: Say, tick: Callable[[Tally], None], hosts: Callable[[], dict[str, Any]]
-    ) -> None:
+    def __init__(self, wish: Wish, say: Say, tick: Callable[[Tally], None]) -> None:
         self._wish, self._say, self._tick = wish, say, tick
         self._agent = _agent(wish, say)
+        self._digest = hashlib.sha256(self._agent).hexdigest()
         self._found: list[str] = []
-        self._trouble: list[ProbeError] = []
-        self._listing = threading.Thread(target=self._list, args=(hosts,), daemon=True)
-        self._listing.start()
         self._begun = time.monotonic()
         self._running: set[str] = set()
         self._vanished: dict[str, str] = {}
+        self._strangers: set[str] = set()  # machines that lack the agent, or else are not as they were
         self._counts = dict.fromkeys(How, 0)
         self._answered: set[str] = set()
-        self._folder, self._todo, self._continued = self._choose()
-
-    def _list(self, hosts: Callable[[], dict[str, Any]]) -> None:
-        try:
-            self._found = list(hosts())
-        except ProbeError as error:
-            self._trouble.append(error)
-        except (OSError, ValueError) as error:  # it was interrupted
-            self._trouble.append(ProbeError(f"cannot read what ansible-inventory says: {error}"))
+        last = next(folders(wish.store), None)
+        self._known = last is not None and last.plan.get("agent") == self._digest  # most machines have the file
+        self._folder, self._todo, self._continued = self._choose(last)
 
     def _hosts(self) -> list[str]:
-        """Return the inventory's machines; wait for them."""
-        self._listing.join()
-        if self._trouble:
-            raise self._trouble[0]
+        """Return the inventory's machines; raise UsageError if there is none. A playbook over all tells them, too."""
+        self._found = self._found or list(list_hosts(self._wish.inventory, self._wish.pattern))
         return self._found
 
-    def _choose(self) -> tuple[Folder, list[str] | None, int]:
+    def _choose(self, last: Folder | None) -> tuple[Folder, list[str] | None, int]:
         """Return the folder, the machines to ask (None: all), and how many an earlier try has answered for."""
-        last = next(folders(self._wish.store), None)
         if self._wish.retry:
             todo = _to_retry(self._wish, last, self._hosts())
             if not todo:
@@ -213,6 +196,7 @@ class _Sweep:
             "started": f"{now:%Y-%m-%dT%H:%M:%SZ}",
             "night": self._wish.night or night or f"{now:%Y-%m-%d}",
             "asked": self._wish.sameness(),
+            "agent": self._digest,
             "hosts": [],
             "ended": "",
         }
@@ -258,17 +242,21 @@ class _Sweep:
                 todo = [host for host in todo if host not in self._answered]
             if not stopped and todo != []:
                 self._round(todo)
+            self._hosts()
         except (KeyboardInterrupt, ProbeError) as error:
-            if isinstance(error, ProbeError):
-                self._listing.join()
-            if not self._trouble:
-                take_in(self._folder, wish.store, self._say)
-                raise
-        if self._trouble:  # an inventory that is none: nothing was begun
-            if not self._folder.answered:
-                shutil.rmtree(self._folder.path, ignore_errors=True)
-            raise self._trouble[0]
+            if isinstance(error, ProbeError) and not self._folder.plan["hosts"]:
+                self._no_host()
+            take_in(self._folder, wish.store, self._say)
+            raise
         return self._end(engine.stopped or stopped)
+
+    def _no_host(self) -> None:
+        """Nothing was begun: say so of an inventory that is none, in words of Ansible's that tell why."""
+        try:
+            self._hosts()
+        except UsageError:
+            shutil.rmtree(self._folder.path, ignore_errors=True)
+            raise
 
     def _first(self) -> str:
         """Ask machines of every CPU model before the others; return why the sweep must stop, or ""."""
@@ -305,7 +293,9 @@ class _Sweep:
             hosts = [host for host in (self._hosts() if hosts is None else hosts) if host not in self._answered]
             if not hosts:
                 return
-        self._engine.play("probe.yml", hosts, self._seen)
+        self._engine.play("probe.yml", hosts, partial(self._seen, self._known), known=self._known)
+        if self._strangers and not self._engine.stopped:
+            self._engine.play("probe.yml", sorted(self._strangers), partial(self._seen, False))
         self._ask_again()
 
     # --- the engine's events ---
@@ -323,8 +313,8 @@ class _Sweep:
             self._keep(Machine(host, how, why=why), ())
         self._show()
 
-    def _seen(self, name: str, data: dict[str, Any]) -> None:
-        """Take one event of the first round."""
+    def _seen(self, known: bool, name: str, data: dict[str, Any]) -> None:
+        """Take one event of the first round; a known machine that is not as it was is asked again as a stranger."""
         host, result = data["host"], data.get("res", {})
         if name == "runner_on_start":
             self._running.add(host)
@@ -335,13 +325,17 @@ class _Sweep:
             said = ssh_said(result)
             if was_reached(result):
                 self._keep(Machine(host, How.FAILED, why=said), ())
-            elif was_never_reached(result):
+            elif was_never_reached(result) and host not in self._strangers:
                 self._keep(Machine(host, How.UNREACHED, why=f"not reached: {said}"), ())
             else:
                 self._vanished[host] = said
                 self._say(f"{host} went away under the probe; it will be waited for")
         elif name == "runner_on_failed":
-            self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
+            if known and not result.get("timedout"):
+                self._running.discard(host)
+                self._strangers.add(host)
+            else:
+                self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
         self._show()
 
     def _seen_again(self, name: str, data: dict[str, Any]) -> None:
@@ -370,6 +364,10 @@ class _Sweep:
                 told = json.loads(line)
                 step = str(told.get("step", "")) if told.get("event") == "intent" else step
                 last = told if told.get("event") in ("record", "error") else last
+        if result.get("how") == "needs-agent":
+            self._running.discard(host)
+            self._strangers.add(host)
+            return
         code = int(result.get("exit_code", -1))
         seconds, again = float(result.get("seconds", 0)), bool(result.get("again"))
         how, said = result.get("how"), " / ".join(result.get("said", ())[-3:])
@@ -393,6 +391,7 @@ class _Sweep:
     def _keep(self, found: Machine, events: Sequence[str]) -> None:
         self._running.discard(found.host)
         self._vanished.pop(found.host, None)
+        self._strangers.discard(found.host)
         found = _short(found)
         try:
             self._folder.keep(found, events)
@@ -406,18 +405,15 @@ class _Sweep:
         self._counts[found.how] += 1
 
     def _show(self) -> None:
-        total = 0 if self._listing.is_alive() else len(self._found)
-        if total and not self._folder.plan["hosts"]:
+        if not self._folder.plan["hosts"]:
+            self._found = self._found or self._engine.hosts  # the first playbook is over all
+            asked = self._found if self._todo is None else [*self._folder.answered, *self._todo]
+            self._folder.plan["hosts"] = asked
             with contextlib.suppress(RecordError):  # a full disk shows when the answer is kept
-                self._folder.plan["hosts"] = (
-                    self._found if self._todo is None else [*self._folder.answered, *self._todo]
-                )
                 self._folder.save()
-        if self._todo is not None:
-            total = len(self._todo) + self._continued
         self._tick(
             Tally(
-                total,
+                len(self._found) if self._todo is None else len(self._todo) + self._continued,
                 self._counts[How.RECORD],
                 self._counts[How.REFUSED] + self._counts[How.FAILED],
                 sum(self._counts[how] for how in LOST),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from probe.diff.moved import Comparison, Moved
 from probe.diff.sets import Sets
-from probe.masks import ALL_BITS, format_bits
+from probe.masks import format_bits
 from probe.registers import SPEC_CTRL
 from probe.report.layout import field, joined, paragraph
 
@@ -109,7 +109,7 @@ def _changes(found: Comparison) -> list[str]:
 def _moved(moved: Moved) -> list[str]:
     """Write one cause: who did what, which bits, from what to what, where."""
     beside = any(name in moved.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
-    bits = f" bits {format_bits(moved.bits) if beside else named(moved.bits)}:" if moved.bits else ""
+    bits = f" bits {format_bits(moved.bits) if beside else SPEC_CTRL.brief(moved.bits)}:" if moved.bits else ""
     lines = paragraph(f"{moved.what}:{bits} {_hex(moved.before)} -> {_hex(moved.after)}", "  ", "        ")
     if moved.where and moved.where.startswith("CPU"):
         lines += paragraph(f"on {moved.where}", "      ", "      ")
@@ -118,16 +118,6 @@ def _moved(moved: Moved) -> list[str]:
     elif moved.where:
         lines += paragraph(f"{moved.count} profile{'s' if moved.count > 1 else ''}: {moved.where}", "      ", "      ")
     return lines
-
-
-def named(mask: int) -> str:
-    """Name the bits of a mask, shortly: numbers, and the names of the defined ones among them."""
-    if mask == ALL_BITS:
-        return "0-63"
-    known = mask & SPEC_CTRL.defined
-    if not known or known == SPEC_CTRL.defined:
-        return format_bits(mask)
-    return f"{format_bits(mask)} ({', '.join(SPEC_CTRL.names(known).split('|'))})"
 
 
 def _hex(text: str) -> str:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from probe.report import spreadsheet
 from probe.report.layout import clean, joined, paragraph
-from probe.report.tables import Lines, harmless
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], nothing: str) -> str:
@@ -37,11 +36,7 @@ def as_json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def as_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a header and a line for each row."""
-    out = Lines()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([[harmless(_text(value)) for value in row] for row in rows])
-    return "".join(out.lines)
+    return spreadsheet.as_csv(columns, ([_text(value) for value in row] for row in rows))
 
 
 def ingested(

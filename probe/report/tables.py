@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 
 from probe.cases import Report, Status, title_of
 from probe.report.layout import clean
+from probe.report.spreadsheet import as_csv
 
 COLUMNS = ("record", "kind", "suite", "case", "status", "reason")
 
@@ -60,30 +60,11 @@ def _cell(text: str) -> str:
 
 
 def comma_separated(reports: Sequence[Report]) -> str:
-    """Return a header and a row for each case; a text that a spreadsheet would take for a formula begins with '."""
-    out = Lines()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for report in reports:
-        for suite in report.suites:
-            for case in suite.cases:
-                row = (report.name, report.kind, suite.name, case.name, case.status.value, case.reason)
-                writer.writerow([harmless(clean(" ".join(text.split()))) for text in row])
-    return "".join(out.lines)
-
-
-class Lines:
-    """What csv writes to."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, line: str) -> int:
-        """Take a line."""
-        self.lines.append(line)
-        return len(line)
-
-
-def harmless(text: str) -> str:
-    """Keep a text from being a formula where a spreadsheet opens it."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    """Return a header and a row for each case."""
+    rows = (
+        (report.name, report.kind, suite.name, case.name, case.status.value, case.reason)
+        for report in reports
+        for suite in report.suites
+        for case in suite.cases
+    )
+    return as_csv(COLUMNS, ([clean(" ".join(text.split())) for text in row] for row in rows))

@@ -368,6 +368,18 @@ def test_the_time_limit_of_a_machine(night: tuple[Lab, str, int]) -> None:
     assert register(hosts, "lab2") == 0
 
 
+def test_the_agent_stays_on_the_machines_and_goes_where_it_is_lacking(night: tuple[Lab, str, int]) -> None:
+    hosts, _, _ = night
+    asked = words(hosts, inventory(hosts, "known"), "--limit", "lab1,lab2,lab4", store="known")
+    hosts.command(*asked)
+    (kept,) = (hosts.folder / "lab1/disk/spec-ctrl-probe").glob("agent-*")
+    kept.unlink()
+    done = hosts.command(*asked)
+    assert {one.how for one in answers(hosts, "known").values()} == {How.RECORD}, done.stdout + done.stderr
+    assert len(records(hosts, "known")) == 6
+    assert kept.read_bytes() == (hosts.folder / "agent.pyz").read_bytes()
+
+
 def test_a_kernel_is_booted_first(night: tuple[Lab, str, int]) -> None:
     """By the lab's own command; uname tells of the one that a file names, a reboot is a power cut."""
     hosts, _, _ = night

@@ -63,7 +63,7 @@ def taken(lab: Path, **files: bytes) -> store_.Ingested:
     return store_.ingest(lab / "out", lab / "store", lambda text: None)
 
 
-def asked(lab: Path, question: str, **more: str) -> list[dict[str, Any]]:
+def asked(lab: Path, question: str, **more: Any) -> list[dict[str, Any]]:
     answer = history.ask(lab / "store", question, **more)
     return [dict(zip(answer.columns, row)) for row in answer.rows]
 

@@ -344,6 +344,20 @@ def test_a_start_that_came_to_nothing_is_made_good(module: Any, tmp_path: Path) 
     assert not (tmp_path / "sweeps/two").exists(), "the next try may begin"
 
 
+def test_a_module_without_the_agent_asks_for_it_and_leaves_nothing(module: Any, tmp_path: Path) -> None:
+    carried, module.AGENT = module.AGENT, ""
+    assert module.answer("one", [], 30, tmp_path) == {"how": "needs-agent"}
+    assert list((tmp_path / "sweeps").iterdir()) == []
+    module.AGENT = carried
+    assert module.answer("one", [], 30, tmp_path)["again"] is False
+    module.AGENT = ""
+    assert module.answer("two", [], 30, tmp_path)["how"] == "ended", "it is there now"
+    assert module.answer("one", [], 30, tmp_path)["again"], "an answer needs none"
+    for old in tmp_path.glob("agent-*"):
+        old.write_bytes(b"damaged")
+    assert module.answer("three", [], 30, tmp_path) == {"how": "needs-agent"}
+
+
 def test_the_module_keeps_no_agent_that_came_through_damaged(module: Any, tmp_path: Path) -> None:
     module.AGENT = base64.b64encode(STUB + b"#").decode()
     with pytest.raises(module.Missing, match="damaged"):

@@ -23,32 +23,23 @@ Event = Callable[[str, dict[str, Any]], None]
 Script = Callable[[str, list[str], Event], None]
 
 
-class Listing:
-    """An inventory that is read at once."""
-
-    class process:
-        @staticmethod
-        def poll() -> int:
-            return 0
-
-    def hosts(self) -> dict[str, dict[str, Any]]:
-        return {host: {} for host in HOSTS}
-
-
 class Engine:
-    """Plays a script; plays is what was asked of it."""
+    """Plays a script; plays is what was asked of it, light which of those went without the agent."""
 
     script: Script = staticmethod(lambda name, hosts, event: None)
     plays: ClassVar[list[tuple[str, list[str]]]] = []
+    light: ClassVar[list[bool]] = []
 
     def __init__(self, *_: object) -> None:
         self.stopped = ""
+        self.hosts: list[str] = []
 
     def stop(self, why: str) -> None:
         self.stopped = self.stopped or why
 
-    def play(self, name: str, hosts: Sequence[str] | None, event: Event) -> None:
-        asked = HOSTS if hosts is None else list(hosts)
+    def play(self, name: str, hosts: Sequence[str] | None, event: Event, *, known: bool = False) -> None:
+        self.hosts = asked = HOSTS if hosts is None else list(hosts)
+        Engine.light.append(known)
         Engine.plays.append((name, asked))
         for host in asked:
             event("runner_on_start", {"host": host, "task": "probe"})
@@ -57,11 +48,12 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
-    monkeypatch.setattr(sweep, "list_hosts", lambda *_: Listing())
+    monkeypatch.setattr(sweep, "list_hosts", lambda *_: {host: {} for host in HOSTS})
     monkeypatch.setattr(sweep, "sources", list)
     monkeypatch.setattr(sweep, "_agent", lambda *_: b"")
     monkeypatch.setattr(sweep, "Engine", Engine)
     Engine.plays = []
+    Engine.light = []
     return Engine
 
 
@@ -108,6 +100,69 @@ def test_every_machine_once(engine: type[Engine], tmp_path: Path) -> None:
     assert taken is not None
     assert (taken.new, stored(tmp_path / "s")) == (20, set(HOSTS))
     assert engine.plays == [("probe.yml", HOSTS)]
+
+
+def lacks(event: Event, host: str) -> None:
+    event("runner_on_ok", {"host": host, "task": "probe", "res": {"how": "needs-agent"}})
+
+
+def test_the_agent_is_carried_to_those_that_lack_it(engine: type[Engine], tmp_path: Path) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+    assert engine.light == [False], "nobody knows whether they have it"
+
+    def two_are_new(name: str, hosts: list[str], event: Event) -> None:
+        for host in hosts:
+            if engine.light[-1] and host in ("h03", "h07"):
+                lacks(event, host)
+            elif engine.light[-1] and host == "h05":
+                event("runner_on_failed", {"host": host, "task": "probe", "res": {"msg": "no python3"}})
+            elif engine.light[-1] and host == "h06":
+                event("runner_on_failed", {"host": host, "task": "probe", "res": {"msg": "late", "timedout": {"x": 1}}})
+            elif host == "h07":
+                unreached(event, host)
+            elif engine.plays[-1][0] == "again.yml":
+                assert host == "h07", "it was there a moment ago"
+                event("runner_on_failed", {"host": host, "task": "wait", "res": {"msg": "timed out"}})
+            else:
+                record(event, host)
+
+    engine.script = two_are_new
+    engine.plays.clear()
+    engine.light.clear()
+    done, _ = swept(tmp_path / "s")
+    assert engine.plays[:2] == [("probe.yml", HOSTS), ("probe.yml", ["h03", "h05", "h07"])]
+    assert engine.light[:2] == [True, False]
+    assert len(done.of(How.RECORD)) == 18
+    assert [(one.host, one.how) for one in done.of(How.FAILED)] == [("h06", How.FAILED)], "its time was up: not twice"
+
+
+def test_another_agent_is_carried_to_all(engine: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+    monkeypatch.setattr(sweep, "_agent", lambda *_: b"another")
+    swept(tmp_path / "s")
+    swept(tmp_path / "s")
+    assert engine.light == [False, False, True]
+
+
+def test_an_inventory_without_machines_leaves_nothing(
+    engine: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> dict[str, dict[str, Any]]:
+        raise UsageError("no machine in x")
+
+    def no_play(self: Engine, name: str, hosts: Sequence[str] | None, event: Event, *, known: bool = False) -> None:
+        raise ProbeError("Ansible ended with exit code 1: [ERROR] x")
+
+    monkeypatch.setattr(sweep, "list_hosts", none)
+    monkeypatch.setattr(engine, "play", no_play)
+    with pytest.raises(UsageError, match="no machine in x"):
+        swept(tmp_path / "s")
+    monkeypatch.setattr(engine, "play", lambda *_, **__: None)
+    with pytest.raises(UsageError, match="no machine in x"):
+        swept(tmp_path / "s")
+    assert not list((tmp_path / "s").glob("sweeps/*/plan.json"))
 
 
 def test_what_had_answered_before_an_interrupt_is_in_the_store(engine: type[Engine], tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from probe.masks import format_bits, parse_hex64
 from probe.models import machines
 from probe.registers import SPEC_CTRL
 from probe.report import moved_text
-from probe.report.diff_text import named
 from probe.report.kvm_text import explained
 from probe.report.layout import clean
 from probe.report.mail import not_hardware
@@ -107,7 +106,7 @@ def _compared(found: Comparison, records: Sequence[tuple[str, AnyRecord, str]]) 
 
 def _moved_bits(moved: Moved) -> str:
     beside = any(name in moved.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
-    return "" if not moved.bits else format_bits(moved.bits) if beside else named(moved.bits)
+    return "" if not moved.bits else format_bits(moved.bits) if beside else SPEC_CTRL.brief(moved.bits)
 
 
 def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Report) -> dict[str, Any]:
@@ -224,7 +223,7 @@ def _reasons(record: rec.Record) -> list[dict[str, str]]:
         {
             "number": str(number),
             "cpus": entry.cpus,
-            "bits": named(parse_hex64(reason.mask)),
+            "bits": SPEC_CTRL.brief(parse_hex64(reason.mask)),
             "effect": reason.effect,
             "because": reason.because,
             "source": reason.source,
@@ -265,10 +264,10 @@ def _models(record: AnyRecord) -> list[dict[str, Any]]:
                 "name": entry.model,
                 "title": f"{entry.title} (CPUs {entry.cpus})",
                 "source": "; ".join(dict.fromkeys(reason.source for reason in entry.reasons)),
-                "right": f"accepts {named(parse_hex64(entry.accepts))}",
+                "right": f"accepts {SPEC_CTRL.brief(parse_hex64(entry.accepts))}",
                 "all": "" if wrong else "all",
                 "first": [],
-                "answer": f"wrong on bits {named(wrong)}" if wrong else "",
+                "answer": f"wrong on bits {SPEC_CTRL.brief(wrong)}" if wrong else "",
             }
         )
     return found

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Ansible module: the agent on one machine, once a sweep, however often it is asked.
 
-It travels with the agent inside (spec_ctrl_agent, which the sweep makes), in one round trip. What the agent says is
-kept in STATE/sweeps/SWEEP on the machine until the next sweep: a controller that lost its connection, or was killed,
-asks again and gets the answer of the run that there was; a machine that went down under it tells at which bit.
+It travels with the agent inside (spec_ctrl_agent, which the sweep makes), or without where machines have it from an
+earlier sweep; one that does not says so, and nothing has run there. What the agent says is kept in STATE/sweeps/SWEEP
+on the machine until the next sweep: a controller that lost its connection, or was killed, asks again and gets the
+answer of the run that there was; a machine that went down under it tells at which bit.
 Python 3.6 reads this file, so that an old one can say that the agent needs a newer one.
 """
 
@@ -50,6 +51,10 @@ class Missing(Exception):
     """What the machine lacks."""
 
 
+class NoAgent(Missing):
+    """It lacks the agent, and none came with the module."""
+
+
 def main() -> None:
     """Run the agent, or take up the run of this sweep that there was."""
     module = AnsibleModule(
@@ -71,13 +76,17 @@ def main() -> None:
 
 
 def answer(sweep: str, arguments: list, limit: float, state: Path) -> dict:
-    """Return how it ended (ended, killed, too-long, died), exit_code, the events that count, the end of stderr (said).
+    """Return how it ended (ended, killed, too-long, died), exit_code, the events that count, the end of stderr (said);
+    or, as how alone, needs-agent.
 
     Raise OSError and Missing for what the machine lacks.
     """
     place = state / "sweeps" / sweep
     begun = time.time()
-    earlier = read_text(place / "boot_id") or begin(place, arguments, state)
+    try:
+        earlier = read_text(place / "boot_id") or begin(place, arguments, state)
+    except NoAgent:
+        return {"how": "needs-agent"}
     if earlier and earlier != boot_id():
         ended = told(place)
         if (place / "exit").exists() or has_record(ended):  # it had ended before the machine went down
@@ -253,12 +262,14 @@ def find_python() -> str:
 
 
 def keep_agent(state: Path) -> Path:
-    """Put the agent's file on the machine, unless it is there, and return its path."""
+    """Put the agent's file on the machine, unless it is there, and return its path; raise NoAgent if none came."""
     path = state / f"agent-{SHA256[:16]}.pyz"
     with contextlib.suppress(OSError):
         if hashlib.sha256(path.read_bytes()).hexdigest() == SHA256:
             os.utime(str(path))
             return path
+    if not AGENT:
+        raise NoAgent("no agent came with the module")
     content = base64.b64decode(AGENT)
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise Missing("the agent came through damaged")
