@@ -57,13 +57,22 @@ class Folder:
         with contextlib.suppress(OSError), open(self.path / "begun.ndjson", "a", encoding="utf-8") as file:
             file.write(json.dumps(host) + "\n")
 
+    def nothing_began(self, host: str) -> None:
+        """Take that back: nothing runs there."""
+        with contextlib.suppress(OSError), open(self.path / "begun.ndjson", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"nothing": host}) + "\n")
+
     def begun(self) -> list[str]:
         """Return the machines that were being asked and have not answered."""
         found: dict[str, None] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / "begun.ndjson").read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):
-                    found[str(json.loads(line))] = None
+                    told = json.loads(line)
+                    if isinstance(told, dict):
+                        found.pop(str(told.get("nothing")), None)
+                    else:
+                        found[str(told)] = None
         return [host for host in found if host not in self.answered]
 
     def keep(self, found: Machine, events: Sequence[str]) -> None:

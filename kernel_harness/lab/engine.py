@@ -36,7 +36,7 @@ _SSH = (
     "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
     "{{ '' if ansible_password is defined or ansible_ssh_pass is defined else ' -o BatchMode=yes' }}"
 )
-# Ansible asks its workers every millisecond how far they are: a tenth of a CPU, all night.
+# Ansible asks its last workers every millisecond how far they are: a tenth of a CPU.
 _CONFIGURATION = "[defaults]\ninternal_poll_interval = 0.02\n"
 _SSH_OF_ANSIBLE = "-C -o ControlMaster=auto -o ControlPersist=60s"
 
@@ -57,7 +57,7 @@ def configuration() -> Path | None:
 
 def _of_user(variable: str, section: str, key: str, otherwise: str) -> str:
     """Return a setting of the user's, from the environment or the configuration."""
-    known = configparser.ConfigParser(interpolation=None, strict=False)
+    known = configparser.ConfigParser(interpolation=None, strict=False, inline_comment_prefixes=(";",))
     config = configuration()
     if config is not None:
         with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # Ansible itself will complain
@@ -91,7 +91,8 @@ def _environment() -> dict[str, str]:
 def _configurations() -> Iterator[Path]:
     """Return where Ansible looks for its configuration, in its order; ansible-runner changes the folder."""
     if chosen := os.environ.get("ANSIBLE_CONFIG"):
-        yield Path(chosen)
+        named = Path(chosen).expanduser()
+        yield named / "ansible.cfg" if named.is_dir() else named
     here = Path.cwd()
     if not here.stat().st_mode & 0o002:  # as Ansible: not from a folder that anyone may write to
         yield here / "ansible.cfg"
@@ -155,8 +156,8 @@ def list_hosts(inventory: Sequence[str], limit: str = "") -> dict[str, dict[str,
 
 @dataclass
 class Engine:
-    """Playbooks over an inventory with the agent in hand. stop() ends the one that runs, and tells why; hosts are the
-    machines of the last one, known before the first is asked."""
+    """Playbooks over an inventory, with the agent for those that lack it. stop() ends the one that runs, and tells why;
+    hosts are the machines of the last one, known before the first is asked."""
 
     inventory: tuple[str, ...]
     agent: bytes
@@ -185,8 +186,9 @@ class Engine:
     ) -> None:
         """Run one playbook over some machines (None: all); event gets each of the engine's events that has a machine.
 
-        Of known ones it is taken that they have the agent, and a python3 in their PATH: neither is the agent sent, 2 MB
-        each and half a second of a machine's CPU, nor a Python looked for. The inventory's own interpreter goes first.
+        Of known ones it is taken that they have the agent, and a python3 in their PATH: neither is the agent sent (2 MB
+        as text, half a second of a machine's CPU), nor a Python looked for. An interpreter that the inventory or the
+        user names goes first.
 
         Raise KeyboardInterrupt for SIGINT and SIGTERM, ProbeError if Ansible does not run at all.
         """
@@ -210,8 +212,8 @@ class Engine:
                 seen.append(one.get("stdout", "")[-500:])
                 del seen[:-20]
                 data = one.get("event_data", {})
-                if one.get("event") == "playbook_on_play_start" and str(data.get("name")).startswith("["):
-                    self.hosts = json.loads(data["name"])  # of the play that only tells them
+                if one.get("event") == "playbook_on_play_start":
+                    self.hosts = self.hosts or _names(data.get("name"))
                 if data.get("host") and not self.stopped:
                     event(one["event"], data)
                 return False  # nothing is kept on disk
@@ -227,13 +229,11 @@ class Engine:
                 "ANSIBLE_MODULE_UTILS": str(folder / "module_utils"),
                 "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder),
             }
-            if configuration() is None:  # one's own may say otherwise, and paths in it are relative to where it is
+            if configuration() is None and "ANSIBLE_CONFIG" not in os.environ:
                 (folder / "ansible.cfg").write_text(_CONFIGURATION, encoding="utf-8")
                 private["ANSIBLE_CONFIG"] = str(folder / "ansible.cfg")
-            if known:
-                private["ANSIBLE_PYTHON_INTERPRETER"] = _of_user(
-                    "ANSIBLE_PYTHON_INTERPRETER", "defaults", "interpreter_python", "python3"
-                )
+            if known and not _of_user("ANSIBLE_PYTHON_INTERPRETER", "defaults", "interpreter_python", ""):
+                private["ANSIBLE_PYTHON_INTERPRETER"] = "python3"
             interrupted: list[int] = []
             left: list[psutil.Process] = []
 
@@ -273,6 +273,15 @@ class Engine:
         text = base64.b64encode(self.agent).decode() if carry else ""
         digest = hashlib.sha256(self.agent).hexdigest()
         (folder / "spec_ctrl_agent.py").write_text(f'AGENT = "{text}"\nSHA256 = "{digest}"\n')
+
+
+def _names(told: object) -> list[str]:
+    """Return the machines that a play's name tells, [] if it is another's."""
+    try:
+        found = json.loads(str(told))
+    except ValueError:
+        return []
+    return [str(one) for one in found] if isinstance(found, list) else []
 
 
 @contextlib.contextmanager

@@ -48,6 +48,22 @@ def with_cure(why: str) -> str:
     return f"{why} ({cure})" if cure else why
 
 
+# What stands where a module's answer should be when it never began: no such Python, or one that is too old for Ansible.
+_NO_MODULE = re.compile(r"interpreter .* was not found|requires a minimum of Python|command not found")
+_SUDO = re.compile(r"sudo|[Pp]assword|privilege escalation")
+_LATE = re.compile(r"expected time frame|[Tt]imed out")
+
+
+def never_began(result: dict[str, Any]) -> bool:
+    """Tell whether a task failed before its module began, for a reason that another Python may mend."""
+    if "invocation" in result or result.get("timedout") or _LATE.search(_said(result)):
+        return False
+    words = " ".join([_said(result), *(str(result.get(key, "")) for key in ("module_stderr", "module_stdout"))])
+    if _SUDO.search(words):
+        return False
+    return result.get("rc") == 127 or bool(_NO_MODULE.search(words)) or bool(result.get("module_stderr"))
+
+
 def _said(result: dict[str, Any]) -> str:
     return " ".join(str(result.get("msg", "it said nothing")).split())
 

@@ -29,7 +29,7 @@ from kernel_harness.lab.agent_file import LOCK, build, own_files
 from kernel_harness.lab.answers import Folder, folders, only_one, take_in
 from kernel_harness.lab.engine import Engine, list_hosts, sources
 from kernel_harness.lab.history import cpus_of
-from kernel_harness.lab.reasons import said_of_failure, ssh_said, was_never_reached, was_reached, with_cure
+from kernel_harness.lab.reasons import never_began, said_of_failure, ssh_said, was_never_reached, was_reached, with_cure
 from probe.errors import ExitCode, ProbeError, RecordError, UsageError
 from probe.nights import check_night
 from probe.report.night_text import of
@@ -63,8 +63,11 @@ class Wish:
 
     def sameness(self) -> dict[str, Any]:
         """Return what two sweeps must have in common for the one to go on where the other ended."""
-        asked = {"inventory": sources(self.inventory), "arguments": list(self.arguments)}
-        return {**asked, "pattern": self.pattern, "kernel": self.kernel, "night": self.night}
+        return {**self.selection(), "arguments": list(self.arguments), "kernel": self.kernel, "night": self.night}
+
+    def selection(self) -> dict[str, Any]:
+        """Return which machines are asked."""
+        return {"inventory": sources(self.inventory), "pattern": self.pattern}
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,21 @@ def _to_retry(wish: Wish, last: Folder | None, hosts: Sequence[str]) -> list[str
     ]
 
 
+def _memory(wish: Wish, digest: str) -> tuple[bool, bool]:
+    """Tell whether most of these machines ran this agent in the last sweep of them, and whether they lose it (no disk,
+    no python3): then it goes along from the start."""
+    for one in folders(wish.store):
+        asked = one.plan.get("asked", {})
+        if one.plan.get("agent") != digest:
+            break
+        if one.plan.get("retry") or any(asked.get(key) != value for key, value in wish.selection().items()):
+            continue
+        ran = sum(machine.how in (How.RECORD, How.REFUSED, How.DIED) for machine in one.answered.values())
+        forgetful = bool(one.plan.get("forgetful"))
+        return not (forgetful or wish.retry) and 2 * ran > len(one.plan["hosts"]), forgetful
+    return False, False
+
+
 def sweep(wish: Wish, say: Say, tick: Callable[[Tally], None]) -> tuple[Swept, nights.Ingested | None]:
     """Run one sweep, take it into the store, and return what came of it, and of the taking in (None: nothing came).
 
@@ -147,12 +165,12 @@ class _Sweep:
         self._begun = time.monotonic()
         self._running: set[str] = set()
         self._vanished: dict[str, str] = {}
-        self._strangers: set[str] = set()  # machines that lack the agent, or else are not as they were
+        self._strangers: set[str] = set()  # known machines on which nothing began, for want of the agent or of python3
+        self._bare = 0  # of them, all in all
         self._counts = dict.fromkeys(How, 0)
         self._answered: set[str] = set()
-        last = next(folders(wish.store), None)
-        self._known = last is not None and last.plan.get("agent") == self._digest  # most machines have the file
-        self._folder, self._todo, self._continued = self._choose(last)
+        self._known, self._forgetful = _memory(wish, self._digest)
+        self._folder, self._todo, self._continued = self._choose(next(folders(wish.store), None))
 
     def _hosts(self) -> list[str]:
         """Return the inventory's machines; raise UsageError if there is none. A playbook over all tells them, too."""
@@ -178,6 +196,7 @@ class _Sweep:
             for one in last.answered.values():
                 self._counts[one.how] += 1
             self._answered |= set(last.answered)
+            last.plan["agent"] = self._digest
             return last, todo, len(last.answered)
         return self._make(), None, 0
 
@@ -197,6 +216,8 @@ class _Sweep:
             "night": self._wish.night or night or f"{now:%Y-%m-%d}",
             "asked": self._wish.sameness(),
             "agent": self._digest,
+            "forgetful": self._forgetful,
+            "retry": self._wish.retry,
             "hosts": [],
             "ended": "",
         }
@@ -284,7 +305,7 @@ class _Sweep:
     def _ask_again(self) -> None:
         """Wait for those that went away, and ask for what there was."""
         if self._vanished and not self._engine.stopped:
-            self._engine.play("again.yml", sorted(self._vanished), self._seen_again)
+            self._play_of("again.yml", sorted(self._vanished), self._seen_again, How.GONE)
 
     def _round(self, hosts: list[str] | None) -> None:
         """Ask some machines, or all, and wait for those that went away."""
@@ -295,8 +316,19 @@ class _Sweep:
                 return
         self._engine.play("probe.yml", hosts, partial(self._seen, self._known), known=self._known)
         if self._strangers and not self._engine.stopped:
-            self._engine.play("probe.yml", sorted(self._strangers), partial(self._seen, False))
+            self._bare += len(self._strangers)
+            self._known = 2 * len(self._strangers) < len(hosts or self._hosts())  # of the others most, too, or not
+            self._play_of("probe.yml", sorted(self._strangers), partial(self._seen, False), How.FAILED)
         self._ask_again()
+
+    def _play_of(self, name: str, hosts: list[str], event: Callable[[str, dict[str, Any]], None], how: How) -> None:
+        """Run a playbook over some; if Ansible does not take them (an inventory may have changed), the others count."""
+        try:
+            self._engine.play(name, hosts, event)
+        except ProbeError as error:
+            for host in hosts:
+                if host not in self._answered:
+                    self._keep(Machine(host, how, why=error.message), ())
 
     # --- the engine's events ---
 
@@ -314,7 +346,7 @@ class _Sweep:
         self._show()
 
     def _seen(self, known: bool, name: str, data: dict[str, Any]) -> None:
-        """Take one event of the first round; a known machine that is not as it was is asked again as a stranger."""
+        """Take one event of machines that are asked; a known one on which nothing began is a stranger from then on."""
         host, result = data["host"], data.get("res", {})
         if name == "runner_on_start":
             self._running.add(host)
@@ -325,21 +357,20 @@ class _Sweep:
             said = ssh_said(result)
             if was_reached(result):
                 self._keep(Machine(host, How.FAILED, why=said), ())
-            elif was_never_reached(result) and host not in self._strangers:
+            elif was_never_reached(result):
                 self._keep(Machine(host, How.UNREACHED, why=f"not reached: {said}"), ())
             else:
                 self._vanished[host] = said
                 self._say(f"{host} went away under the probe; it will be waited for")
         elif name == "runner_on_failed":
-            if known and not result.get("timedout"):
-                self._running.discard(host)
-                self._strangers.add(host)
+            if known and never_began(result):
+                self._estrange(host)
             else:
                 self._keep(Machine(host, How.FAILED, why=said_of_failure(result)), ())
         self._show()
 
     def _seen_again(self, name: str, data: dict[str, Any]) -> None:
-        """Take one event of the second round: machines that went away."""
+        """Take one event of machines that went away and are asked again."""
         host, result = data["host"], data.get("res", {})
         if name == "runner_on_ok" and data.get("task") == "probe":
             self._answer(host, result)
@@ -365,8 +396,7 @@ class _Sweep:
                 step = str(told.get("step", "")) if told.get("event") == "intent" else step
                 last = told if told.get("event") in ("record", "error") else last
         if result.get("how") == "needs-agent":
-            self._running.discard(host)
-            self._strangers.add(host)
+            self._estrange(host)
             return
         code = int(result.get("exit_code", -1))
         seconds, again = float(result.get("seconds", 0)), bool(result.get("again"))
@@ -388,6 +418,11 @@ class _Sweep:
             )
             self._keep(Machine(host, kind, code, step, why, seconds, again), events)
 
+    def _estrange(self, host: str) -> None:
+        self._running.discard(host)
+        self._strangers.add(host)
+        self._folder.nothing_began(host)
+
     def _keep(self, found: Machine, events: Sequence[str]) -> None:
         self._running.discard(found.host)
         self._vanished.pop(found.host, None)
@@ -406,11 +441,12 @@ class _Sweep:
 
     def _show(self) -> None:
         if not self._folder.plan["hosts"]:
-            self._found = self._found or self._engine.hosts  # the first playbook is over all
+            self._found = self._found or self._engine.hosts  # if they were not known before, it is asking all
             asked = self._found if self._todo is None else [*self._folder.answered, *self._todo]
             self._folder.plan["hosts"] = asked
-            with contextlib.suppress(RecordError):  # a full disk shows when the answer is kept
-                self._folder.save()
+            if asked:
+                with contextlib.suppress(RecordError):  # a full disk shows when the answer is kept
+                    self._folder.save()
         self._tick(
             Tally(
                 len(self._found) if self._todo is None else len(self._todo) + self._continued,
@@ -442,9 +478,11 @@ class _Sweep:
             if not bad.line and name and folder.answered[name].how is How.RECORD:
                 why = f"its record was set aside: {bad.why}"
                 swept.machines[name] = replace(folder.answered[name], how=How.FAILED, code=3, why=why)
+        forgets = self._forgetful or 2 * self._bare > len(asked)
         folder.plan = {
             **plan,
             "hosts": asked,
+            "forgetful": forgets,
             "ended": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         }
         folder.save()

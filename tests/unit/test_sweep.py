@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kernel_harness.lab import answers, commands, nights, reasons, sweep
+from kernel_harness.lab import answers, commands, engine, nights, reasons, sweep
 from kernel_harness.lab.engine import sources
 from probe.cli import main
 from probe.errors import ExitCode, UsageError
@@ -223,6 +223,43 @@ def test_words_of_a_failed_task() -> None:
     assert reasons.ssh_said(unreached) == "warned Host key verification failed."
     gone = 'Task failed: Data could not be sent to remote host "lab5". Make sure this host can be reached over ssh: '
     assert reasons.ssh_said({"msg": gone}) == ""
+
+
+@pytest.mark.parametrize(
+    ("result", "answer"),
+    [
+        ({"msg": "The module interpreter 'python3' was not found.", "rc": 127, "module_stderr": "x"}, True),
+        ({"msg": "ansible-core requires a minimum of Python version 3.8. Current version: 3.6.8"}, True),
+        ({"msg": "MODULE FAILURE", "module_stderr": "Traceback ...", "module_stdout": "", "rc": 1}, True),
+        ({"msg": "Python 3.8 is here; the agent needs 3.9 to 3.13", "invocation": {}}, False),
+        ({"msg": "Missing sudo password"}, False),
+        ({"msg": "MODULE FAILURE", "module_stderr": "sudo: a password is required\n", "rc": 1}, False),
+        ({"msg": "/bin/sh: 1: sudo: not found", "module_stderr": "/bin/sh: 1: sudo: not found", "rc": 127}, False),
+        ({"msg": "Incorrect su password"}, False),
+        ({"msg": "action failed to execute in the expected time frame (7) and was terminated"}, False),
+        ({"msg": "Timed out after 7 second(s).", "timedout": {"period": 7}}, False),
+    ],
+)
+def test_what_another_python_may_mend(result: dict[str, Any], answer: bool) -> None:
+    assert reasons.never_began(result) is answer
+
+
+def test_where_the_users_configuration_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    own = tmp_path / "home/x.cfg"
+    own.write_text("[defaults]\ninterpreter_python = auto ; quietly\n")
+    (tmp_path / "home/ansible.cfg").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for told, found in (("~/x.cfg", own), (str(tmp_path / "home"), tmp_path / "home/ansible.cfg")):
+        monkeypatch.setenv("ANSIBLE_CONFIG", told)
+        assert engine.configuration() == found
+    monkeypatch.setenv("ANSIBLE_CONFIG", "~/x.cfg")
+    assert engine._of_user("NO_SUCH_VARIABLE", "defaults", "interpreter_python", "") == "auto"
+
+
+def test_names_that_a_play_tells() -> None:
+    assert engine._names('["lab1", "b\\u00e4r"]') == ["lab1", "b\u00e4r"]
+    assert engine._names("all") == engine._names("['lab1']") == engine._names('"x"') == engine._names(None) == []
 
 
 # --- Ansible's module ------------------------------------------------------------------------------------------------

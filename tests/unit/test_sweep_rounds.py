@@ -111,30 +111,122 @@ def test_the_agent_is_carried_to_those_that_lack_it(engine: type[Engine], tmp_pa
     swept(tmp_path / "s")
     assert engine.light == [False], "nobody knows whether they have it"
 
-    def two_are_new(name: str, hosts: list[str], event: Event) -> None:
+    def four_are_new(name: str, hosts: list[str], event: Event) -> None:
+        answers = {
+            "h03": lambda: lacks(event, "h03"),
+            "h05": lambda: failed(event, "h05", module_stderr="sh: 1: python3: not found", rc=127),
+            "h06": lambda: failed(event, "h06", msg="late", timedout={"period": 1}),
+            "h07": lambda: lacks(event, "h07"),
+            "h08": lambda: failed(event, "h08", msg="no room", invocation={}),
+        }
         for host in hosts:
-            if engine.light[-1] and host in ("h03", "h07"):
-                lacks(event, host)
-            elif engine.light[-1] and host == "h05":
-                event("runner_on_failed", {"host": host, "task": "probe", "res": {"msg": "no python3"}})
-            elif engine.light[-1] and host == "h06":
-                event("runner_on_failed", {"host": host, "task": "probe", "res": {"msg": "late", "timedout": {"x": 1}}})
+            if engine.light[-1] and host in answers:
+                answers[host]()
             elif host == "h07":
-                unreached(event, host)
-            elif engine.plays[-1][0] == "again.yml":
-                assert host == "h07", "it was there a moment ago"
-                event("runner_on_failed", {"host": host, "task": "wait", "res": {"msg": "timed out"}})
+                unreached(event, host, "kex_exchange_identification: Connection closed by remote host")
             else:
                 record(event, host)
 
-    engine.script = two_are_new
+    engine.script = four_are_new
     engine.plays.clear()
     engine.light.clear()
     done, _ = swept(tmp_path / "s")
-    assert engine.plays[:2] == [("probe.yml", HOSTS), ("probe.yml", ["h03", "h05", "h07"])]
+    assert engine.plays == [("probe.yml", HOSTS), ("probe.yml", ["h03", "h05", "h07"])]
+    assert engine.light == [True, False]
+    assert len(done.of(How.RECORD)) == 17
+    assert [one.host for one in done.of(How.FAILED)] == ["h06", "h08"], "another Python would not help: not twice"
+    assert [one.host for one in done.of(How.UNREACHED)] == ["h07"], "nothing had begun there"
+
+
+def failed(event: Event, host: str, **result: Any) -> None:
+    event("runner_on_failed", {"host": host, "task": "probe", "res": result})
+
+
+def test_an_interrupt_before_the_agent_came_leaves_nothing_that_may_run(engine: type[Engine], tmp_path: Path) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+
+    def stops(name: str, hosts: list[str], event: Event) -> None:
+        for host in hosts:
+            (lacks if host == "h03" else record)(event, host)
+        raise KeyboardInterrupt
+
+    engine.script = stops
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path / "s")
+    engine.script = all_well
+    engine.plays.clear()
+    done, _ = swept(tmp_path / "s")
+    assert (engine.plays, len(done.of(How.RECORD))) == ([("probe.yml", ["h03"])], 20)
+
+
+def test_the_agent_goes_along_where_machines_forget_it(engine: type[Engine], tmp_path: Path) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+
+    def without_disks(name: str, hosts: list[str], event: Event) -> None:
+        for host in hosts:
+            (lacks if engine.light[-1] else record)(event, host)
+
+    engine.script = without_disks
+    for _ in range(3):
+        done, _ = swept(tmp_path / "s")
+        assert len(done.of(How.RECORD)) == 20
+    assert engine.light == [False, True, False, False, False]
+
+
+def test_canaries_that_lack_the_agent_tell_of_the_others(engine: type[Engine], tmp_path: Path) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+
+    def bare(name: str, hosts: list[str], event: Event) -> None:
+        for host in hosts:
+            (lacks if engine.light[-1] else record)(event, host)
+
+    engine.script = bare
+    engine.light.clear()
+    swept(tmp_path / "s", canary=0.1)
     assert engine.light[:2] == [True, False]
+    assert not any(engine.light[2:])
+
+
+@pytest.mark.parametrize("wish", [{"pattern": "h01"}, {"retry": True}])
+def test_what_was_asked_of_others_tells_nothing(engine: type[Engine], tmp_path: Path, wish: dict[str, Any]) -> None:
+    def one_fails(name: str, hosts: list[str], event: Event) -> None:
+        for host in hosts:
+            (unreached if host == "h01" else record)(event, host)
+
+    engine.script = one_fails
+    swept(tmp_path / "s")
+    swept(tmp_path / "s", **wish)
+    assert engine.light == [False, False]
+    swept(tmp_path / "s")
+    assert engine.light[2], "of these most ran it when they were asked last"
+
+
+def test_machines_that_left_the_inventory_hide_no_loss(engine: type[Engine], tmp_path: Path) -> None:
+    engine.script = all_well
+    swept(tmp_path / "s")
+
+    def leaves(name: str, hosts: list[str], event: Event) -> None:
+        if name == "again.yml":
+            failed(event, "h04", task="wait", msg="timed out")
+        elif not engine.light[-1]:
+            raise ProbeError("Ansible ended with exit code 1: no hosts to target")
+        for host in hosts:
+            if host == "h03":
+                lacks(event, host)
+            elif host == "h04":
+                unreached(event, host, "Connection closed")
+            else:
+                record(event, host)
+
+    engine.script = leaves
+    done, taken = swept(tmp_path / "s")
+    assert taken is not None
+    assert [one.host for one in done.of(How.FAILED)] == ["h03"]
+    assert "no hosts to target" in done.machines["h03"].why
     assert len(done.of(How.RECORD)) == 18
-    assert [(one.host, one.how) for one in done.of(How.FAILED)] == [("h06", How.FAILED)], "its time was up: not twice"
 
 
 def test_another_agent_is_carried_to_all(engine: type[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
