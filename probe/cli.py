@@ -1043,7 +1043,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from probe.models import machines
 
     expect = machines.get(arguments.expect) if arguments.expect else None
-    _check_output(arguments.output, arguments.force)
+    _check_output(arguments.output, arguments.force, arguments.records)
     reports = reports_of([_record_and_hash(path)[0] for path in arguments.records], expect)
     _write_output(_exported(arguments.format, reports, arguments.origin), arguments.output, arguments.force)
     return int(ExitCode.AS_PREDICTED)
@@ -1136,7 +1136,7 @@ def _html(arguments: argparse.Namespace) -> int:
         from probe.report.page.render import render
     except ImportError as error:
         raise RequirementMissing(f"cannot write a page: {error}", "pip install 'spec-ctrl-probe[report]'") from error
-    _check_output(arguments.output, arguments.force)
+    _check_output(arguments.output, arguments.force, arguments.records)
     records = [(Path(path).name or path, *_record_and_hash(path)) for path in arguments.records]
     _write_output(render(records), arguments.output, arguments.force)
     return int(ExitCode.AS_PREDICTED)
@@ -1163,14 +1163,24 @@ def _lab(name: str) -> Callable[[argparse.Namespace], int]:
     return handle
 
 
-def _check_output(path: str | None, force: bool) -> None:
-    """Raise UsageError, before the work, if a file is there that nobody said may be replaced."""
+def _check_output(path: str | None, force: bool, inputs: Sequence[str] = ()) -> None:
+    """Raise UsageError, before the work, if a file is there that nobody said may be replaced, or that is read."""
     if not path or path == "-":
         return
+    if any(_is_same_file(path, one) for one in inputs):
+        raise UsageError(f"{path} is one of the records that are read", "give another -o PATH: a record is kept")
     if not Path(path).parent.is_dir():
         raise UsageError(f"no folder {Path(path).parent}", "mkdir -p, or another -o PATH")
     if os.path.lexists(path) and not force and not Path(path).is_char_device():
         raise UsageError(f"{path} exists", "give --force to replace it, or another -o PATH")
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Tell whether two paths lead to one ordinary file, by whatever names or links."""
+    try:
+        return Path(one).is_file() and os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _write_output(text: str, path: str | None, force: bool) -> None:
