@@ -253,13 +253,14 @@ def outcome_of(seen: rec.ObservationEntry, bit: int) -> str:
 
 
 def judge_of(record: kvm_record.KvmRecord) -> Machine | PolicyMachine | None:
-    """Return the model that a matrix is judged by: the policy's own, that of the kernel's version, the first that
-    explains it, or the nearest; None if this tool does not know it (a policy of a file, a model of a newer version)."""
+    """Return the model that a matrix is judged by: the policy's own, that of the kernel's version (if it is refuted,
+    too), the first that explains it, or the nearest; None if this tool does not know it (a policy of a file, a model of
+    a newer version)."""
     known = {machine.name: machine for machine in machines.MACHINES}
     if not isinstance(record.policy, UnsetType):
         policy, over = BY_NAME.get(record.policy.name), known.get(record.policy.over)
         return PolicyMachine(policy, over) if policy and policy.source == record.policy.source and over else None
-    names = [record.follows, *record.explained_by, *(fit.model for fit in record.fits)]
+    names = [record.follows, kvm_record.standing_of(record), *record.explained_by, *(fit.model for fit in record.fits)]
     return known.get(next((name for name in names if name), ""))
 
 
@@ -292,17 +293,7 @@ def _of_kvm(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Su
 def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Case]:
     if kvm_record.complaints(record):
         yield Case("policy_decides", Status.ERROR, "; ".join(kvm_record.complaints(record)))
-    own = "" if isinstance(record.policy, UnsetType) else f"{record.policy.name} over {record.policy.over}"
-    if expect is not None and expect.name not in record.explained_by:
-        told = ", ".join(record.explained_by) or "no model"
-        yield Case("explained", Status.FAIL, f"by {told}, where {expect.name} was expected")
-    elif own in record.explained_by if own else record.explained_by:
-        yield Case("explained", Status.PASS, "by " + (own or record.follows or ", ".join(record.explained_by)))
-    else:
-        first = record.fits[0].first if record.fits else UNSET
-        told = "" if isinstance(first, UnsetType) else f": {first.program} -> {first.kernel}, not {first.model}"
-        nearest = record.fits[0].model if record.fits else "none"
-        yield Case("explained", Status.FAIL, f"no model explains every case; the nearest is {nearest}{told}")
+    yield Case("explained", *_explained(record, expect))
     if record.explored:
         found = "; ".join(
             f"{entry.model}: {entry.divergence}, not {entry.model_says}"
@@ -324,6 +315,24 @@ def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Cas
         differs = kvm_record.driver_differs(record)
         told = f"unlike KVM_SET_MSRS on bits {format_bits(differs)}" if differs else ""
         yield Case("msr_driver", Status.FAIL if differs else Status.PASS, told)
+
+
+def _explained(record: kvm_record.KvmRecord, expect: Machine | None) -> tuple[Status, str]:
+    """Tell whether the right model explains a matrix: the one that is expected, the policy's own, or that of the
+    kernel's version; where no model stands for the version, any."""
+    told = ", ".join(record.explained_by) or "no model"
+    if expect is not None and expect.name not in record.explained_by:
+        return Status.FAIL, f"by {told}, where {expect.name} was expected"
+    own = "" if isinstance(record.policy, UnsetType) else f"{record.policy.name} over {record.policy.over}"
+    standing = record.follows or kvm_record.standing_of(record)
+    if expect is None and record.explained_by and standing and standing not in record.explained_by:
+        return Status.FAIL, f"by {told}, and not by {standing}, which stands for this kernel's version"
+    if own in record.explained_by if own else record.explained_by:
+        return Status.PASS, "by " + (own or record.follows or told)
+    first = record.fits[0].first if record.fits else UNSET
+    differs = "" if isinstance(first, UnsetType) else f": {first.program} -> {first.kernel}, not {first.model}"
+    nearest = record.fits[0].model if record.fits else "none"
+    return Status.FAIL, f"no model explains every case; the nearest is {nearest}{differs}"
 
 
 def _cell(cell: Cell, row: Measured, said: Expected | None, judge: Machine | PolicyMachine | None) -> Case:

@@ -1178,7 +1178,7 @@ def _check_output(path: str | None, force: bool, inputs: Sequence[str] = ()) -> 
 def _is_same_file(one: str, other: str) -> bool:
     """Tell whether two paths lead to one ordinary file, by whatever names or links."""
     try:
-        return Path(one).is_file() and os.path.samefile(one, other)
+        return Path(one).is_file() and Path(one).samefile(other)
     except OSError:  # one of them is not there
         return False
 

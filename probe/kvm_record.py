@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64, parse_hex64
+from probe.models import machines
 from probe.models.machine import Hardware, Host, first_difference
 from probe.models.machine import Machine as Machine_
 from probe.models.matrix import Fit, Measured, answers_of, program_of
@@ -284,6 +285,16 @@ def in_order(fits: Iterable[Fit]) -> list[Fit]:
 def explaining(fits: Iterable[Fit]) -> list[str]:
     """Name the models that have every case right and leave none open."""
     return [fit.model for fit in fits if fit.explains]
+
+
+def standing_of(record: KvmRecord) -> str:
+    """Return the model that stands for this kernel's version, whether it explains the matrix or not; "" if none does.
+
+    Under a policy none does: what is seen is the policy's.
+    """
+    if not isinstance(record.policy, UnsetType):
+        return ""
+    return machines.standing_model(record.kvm.backend, release_of(record.kernel.release, record.kernel.version))
 
 
 def tries_values(record: KvmRecord) -> bool:

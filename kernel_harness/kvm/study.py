@@ -24,9 +24,8 @@ from probe.host import Host as HostFiles
 from probe.journal import now
 from probe.masks import hex64, parse_hex64
 from probe.models.difference import MOST_STEPS, difference
-from probe.models.kvm_machines import MACHINES as KVM_MACHINES
 from probe.models.machine import SPEC_CTRL, Host, Machine
-from probe.models.machines import MACHINES, get
+from probe.models.machines import FAMILIES, MACHINES, get, standing_model
 from probe.models.matrix import distinguishable, fit
 from probe.models.policy import Policy, PolicyMachine
 from probe.models.profile import ALL_FEATURES, FEATURES, NAMED, Profile, mask_of_features
@@ -205,19 +204,6 @@ def kvm_entry(kvm: Kvm) -> kvm_record.KvmEntry:
     )
 
 
-_FAMILIES = {"kvm_intel": "kvm-vmx", "kvm_amd": "kvm-svm"}
-
-
-def standing_model(backend: str, version: Release | None) -> str:
-    """Return the model that stands for a kernel's version and vendor module; "" if none does, or neither is known."""
-    if version is None:
-        return ""
-    family = _FAMILIES.get(backend, "")
-    found = [(one.versions.sublevel(version), one.name) for one in KVM_MACHINES if one.family == family]
-    standing = [(low, name) for low, name in found if low is not None]
-    return max(standing)[1] if standing else ""
-
-
 def follow(explained: Sequence[str], backend: str, version: Release | None) -> str:
     """Return the model that stands for a kernel's version, if it explains it; "" else."""
     name = standing_model(backend, version)
@@ -272,7 +258,7 @@ def _notes(
         )
     if not entry.backend:
         notes.append("neither kvm_intel nor kvm_amd is loaded as a module: which backend answers cannot be seen")
-    elif entry.backend not in _FAMILIES:
+    elif entry.backend not in FAMILIES:
         notes.append(f"{entry.backend} answers, neither kvm_intel nor kvm_amd alone, of which the eras of KVM speak")
     if not entry.msr_filter:
         notes.append("this KVM has no MSR filter (Linux v5.10): no random program changes one")
@@ -286,7 +272,7 @@ def _notes(
         notes.append(
             f"this kernel's version, {number}, is one of {standing}, which is refuted: see its first divergence"
         )
-    elif not standing and entry.backend in _FAMILIES:
+    elif not standing and entry.backend in FAMILIES:
         notes.append("no model stands for this kernel's version: a vendor's, or a branch with backports of its own")
     if len(explained) > 1:
         notes += _alike(explained, follows, host, version)
