@@ -23,7 +23,7 @@ from msgspec import UnsetType
 
 from probe import kvm_record
 from probe import record as rec
-from probe.cases import Status, report_of
+from probe.cases import TOLD_BY_BITS, TOLD_BY_RESTORE, Status, report_of
 from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import Sets, compare_sets
 from probe.errors import RecordError
@@ -510,6 +510,8 @@ def _new_findings(sets: Sets, before: Mapping[str, File], after: Mapping[str, Fi
 
 
 _UNANSWERED = "incomplete"  # the kind of a finding: bits that were to be tried have no answer
+# Suites of a run that are told by the bits, and by each finding: so that the same on other CPUs is new.
+_TOLD_ONE_BY_ONE = ("cpus", "findings")
 
 
 def _findings(record: AnyRecord) -> dict[tuple[str, str], str]:
@@ -529,14 +531,15 @@ def _findings(record: AnyRecord) -> dict[tuple[str, str], str]:
             found["programs", one.model] = f"{one.model}: {one.divergence}" if one.divergence else ""
         return {key: text for key, text in found.items() if text}
     found = {
-        (suite.name, case.name): f"{case.name}: {case.reason}"
+        (suite.name, f"{case.name} {case.reason}" if suite.name == "bits" else case.name): f"{case.name}: {case.reason}"
         for suite in report_of(record).suites
         for case in suite.cases
-        if case.status in (Status.FAIL, Status.ERROR)
+        if case.status in (Status.FAIL, Status.ERROR) and suite.name not in _TOLD_ONE_BY_ONE
     }
     for entry in record.findings if isinstance(record, rec.Record) else ():
-        if entry.kind == _UNANSWERED:  # a skip among the cases
-            found[_UNANSWERED, f"{entry.cpus} {entry.mask}"] = entry.text
+        if entry.kind not in (*TOLD_BY_BITS, *TOLD_BY_RESTORE):
+            text = entry.text if entry.kind == _UNANSWERED else f"{entry.kind}, CPUs {entry.cpus}: {entry.text}"
+            found[entry.kind, f"{entry.cpus} {entry.mask}"] = text
     return found
 
 

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.diff.moved import AnyRecord, kind_of
-from probe.masks import ALL_BITS, format_bits, format_list, parse_hex64, parse_list
+from probe.masks import ALL_BITS, format_bits, format_list, mask_of, parse_hex64, parse_list
 from probe.models import machines
 from probe.models.machine import Host, Machine
 from probe.models.matrix import BESIDE, CELLS, Cell, Expected, Measured, expected, expected_by_programs
@@ -26,6 +26,7 @@ from probe.models.policy import BY_NAME, PolicyMachine
 from probe.models.profile import Profile
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
+from probe.verdict import KINDS
 
 
 class Status(Enum):
@@ -48,11 +49,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases of one subject: the CPUs that did alike, one guest CPUID, or the record as a whole."""
+    """Cases of one subject: the bits, the CPUs, one guest CPUID, or the record as a whole.
+
+    beside: it tells how the run went, nothing of what the register did.
+    """
 
     name: str
     title: str
     cases: tuple[Case, ...]
+    beside: bool = False
 
     @property
     def status(self) -> Status:
@@ -71,8 +76,17 @@ class Report:
 
     @property
     def status(self) -> Status:
-        """The worst of its suites."""
-        return worst(suite.status for suite in self.suites)
+        """The worst of its suites; SKIP if nothing was measured, however well the run went."""
+        found = worst(suite.status for suite in self.suites)
+        measured = worst(suite.status for suite in self.suites if not suite.beside)
+        return measured if found is Status.PASS else found
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Why it failed, each reason once; what single CPUs did is among what the bits tell."""
+        suites = [suite for suite in self.suites if suite.name != "cpus"]
+        bad = (Status.FAIL, Status.ERROR)
+        return tuple(dict.fromkeys(case.reason for suite in suites for case in suite.cases if case.status in bad))
 
     def count(self, status: Status) -> int:
         """Return how many cases ended so."""
@@ -91,11 +105,6 @@ def worst(statuses: Iterator[Status]) -> Status:
 def word(text: str) -> str:
     """Make a name of any text."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "unnamed"
-
-
-def cpus_word(cpus: str) -> str:
-    """Make a name of a CPU list: 0-3,8 is 0-3_8."""
-    return word(cpus.replace(",", "_"))
 
 
 def reports_of(records: Sequence[AnyRecord], expect: Machine | None = None) -> list[Report]:
@@ -139,6 +148,7 @@ def report_of(record: AnyRecord, expect: Machine | None = None) -> Report:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
 def bit_name(bit: int) -> str:
     """Return the name of a bit's case, such as bit01_stibp; of one that is not defined, bit09_reserved."""
     return f"bit{bit:02}_{SPEC_CTRL.name_of(bit).lower()}"
@@ -171,41 +181,169 @@ def groups_of(record: rec.Record) -> list[Group]:
     return [Group(format_list(cpus), *mine) for cpus, mine in found.values()]  # type: ignore[arg-type]
 
 
-def _of_run(record: rec.Record) -> Iterator[Suite]:
-    for group in groups_of(record):
-        cases = tuple(_bit(record, group, bit) for bit in range(64))
-        yield Suite(f"cpus_{cpus_word(group.cpus)}", f"CPUs {group.cpus}, model {record.judge}", cases)
-    if record.restore:
-        states = {"verified": Status.PASS, "left": Status.ERROR, "failed": Status.ERROR}
-        yield Suite(
-            "restore",
-            "registers put back, proved by reading",
-            tuple(
-                Case(
-                    f"cpus_{cpus_word(entry.cpus)}",
-                    states[entry.state],
-                    "" if entry.state == "verified" else f"{entry.state}: held {entry.saved} before; {entry.note}",
-                )
-                for entry in record.restore
-            ),
-        )
-    others = [_finding(entry) for entry in record.findings if entry.kind not in _TOLD_BY_BITS]
-    if others:
-        yield Suite("findings", "findings that no single bit tells", tuple(_worst_of_each(others)))
-
+MOST_CPUS = 4096  # with a case for each
+_MOST_TOLD = 16  # groups of CPUs, or findings, in one reason
+_LONGEST_LIST = 60
+# Of several CPUs: what was not measured on one of them is no pass.
+_ORDER = (Status.ERROR, Status.FAIL, Status.SKIP, Status.PASS)
+_PLAN_ONLY = "plan only: nothing was written"
+_NO_ANSWER = "no bit was answered"
+_NOT_TRIED = "not tried"
 
 # Kinds of findings that the cases of the bits tell, and those of restore.
-_TOLD_BY_BITS = {
-    *("unexpected_fault", "unexpected_accept", "not_retained", "incomplete"),
-    "not_restored",
-    "not_verified",
-}
+TOLD_BY_BITS = ("unexpected_fault", "unexpected_accept", "not_retained")
+TOLD_BY_RESTORE = ("not_restored", "not_verified")
 
 
-def _finding(entry: rec.FindingEntry) -> Case:
-    bits = parse_hex64(entry.mask)
-    name = f"{entry.kind}_{cpus_word(entry.cpus)}" + (f"_{bits:#x}" if bits else "")
-    return Case(word(name), Status.FAIL, entry.text)
+@dataclass(frozen=True)
+class _Judged:
+    """CPUs that did alike, and how a case of theirs, or each bit's, ended."""
+
+    group: Group
+    cpus: tuple[int, ...]
+    bits: tuple[Case, ...]
+
+
+def _of_run(record: rec.Record) -> Iterator[Suite]:
+    judged = [_Judged(group, parse_list(group.cpus), _bits(record, group)) for group in groups_of(record)]
+    presence = [(one.cpus, *_presence(record, one.group)) for one in judged]
+    yield Suite("register", "whether the register is there", (_on_all("as_enumerated", presence),))
+    bits = (
+        _on_all(bit_name(bit), [(one.cpus, one.bits[bit].status, one.bits[bit].reason) for one in judged])
+        for bit in range(64)
+    )
+    yield Suite("bits", f"each bit, on every CPU; model {record.judge}", tuple(bits))
+    yield Suite("cpus", f"each CPU, with every bit; model {record.judge}", tuple(_cpus(record, judged)))
+    yield Suite("restore", "registers put back, proved by reading", (_put_back(record),), beside=True)
+    kinds = [kind for kind in KINDS if kind not in (*TOLD_BY_BITS, *TOLD_BY_RESTORE)]
+    kinds += [entry.kind for entry in record.findings if entry.kind not in KINDS]  # of a newer version
+    findings = (_finding(record, kind, judged) for kind in dict.fromkeys(kinds))
+    yield Suite("findings", "what no single bit tells", tuple(_worst_of_each(list(findings))), beside=True)
+
+
+def _on_all(name: str, found: Sequence[tuple[tuple[int, ...], Status, str]]) -> Case:
+    """Make one case of what some CPUs did: the worst, and on which of them if not on all."""
+    status = min((status for _, status, _ in found), key=_ORDER.index, default=Status.SKIP)
+    told: dict[str, list[tuple[int, ...]]] = {}
+    for cpus, each, reason in found:
+        if each is status:
+            told.setdefault(reason, []).append(cpus)
+    if not found:
+        return Case(name, status, "no CPU was walked")
+    if len(told) == 1 and len(next(iter(told.values()))) == len(found):
+        return Case(name, status, next(iter(told)))
+    where = [f"{_where([cpu for some in cpus for cpu in some])}: {reason}" for reason, cpus in told.items() if reason]
+    return Case(name, status, _joined(where))
+
+
+def _joined(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - _MOST_TOLD} more"] if len(texts) > _MOST_TOLD else []
+    return "; ".join([*texts[:_MOST_TOLD], *more])
+
+
+def _where(cpus: Sequence[int]) -> str:
+    """Name CPUs; of a list that is long how many, and the first: each has a case of its own."""
+    listed = format_list(cpus)
+    if len(listed) > _LONGEST_LIST:
+        return f"{len(cpus)} CPUs, the first is {min(cpus)}"
+    return f"CPU{'' if len(cpus) == 1 else 's'} {listed}"
+
+
+def _presence(record: rec.Record, group: Group) -> tuple[Status, str]:
+    """Tell whether the register is there where CPUID says so, and only there."""
+    if record.walk is UNSET:
+        return Status.SKIP, _PLAN_ONLY
+    if group.verdict is None or group.observation is None or group.prediction is None:
+        return Status.SKIP, "not walked"
+    exists = group.prediction.exists
+    if _without_register(group):
+        why = group.observation.absent_because
+        return (Status.FAIL, f"CPUID enumerates it: {why}") if exists else (Status.PASS, f"as CPUID says: {why}")
+    if parse_hex64(group.verdict.not_measured) == ALL_BITS:
+        return Status.SKIP, _NO_ANSWER
+    return (Status.PASS, "") if exists else (Status.SKIP, "RDMSR is answered, and CPUID enumerates no bit of it")
+
+
+def _without_register(group: Group) -> int:
+    """Return the mask of the bits that were not tried because RDMSR took #GP, which is an answer; else 0."""
+    if group.verdict is None or group.observation is None:
+        return 0
+    outcomes = group.observation.outcomes
+    if any(parse_hex64(getattr(outcomes, outcome.value)) for outcome in Outcome if outcome is not Outcome.ABSENT):
+        return 0
+    return parse_hex64(outcomes.absent) & ~parse_hex64(group.verdict.not_measured)
+
+
+def _cpus(record: rec.Record, judged: Sequence[_Judged]) -> Iterator[Case]:
+    found = [(one.cpus, *_of_group(record, one)) for one in judged]
+    count = sum(len(one.cpus) for one in judged)
+    if count > MOST_CPUS:
+        case = _on_all("every_cpu", found)
+        told = f"{count} CPUs, more than {MOST_CPUS:,}: no case for each"
+        yield replace(case, reason=f"{told}; {case.reason}" if case.reason else told)
+        return
+    cases = {cpu: (status, reason) for cpus, status, reason in found for cpu in cpus}
+    for cpu, (status, reason) in sorted(cases.items()):
+        yield Case(f"cpu_{cpu}", status, reason)
+
+
+def _of_group(record: rec.Record, one: _Judged) -> tuple[Status, str]:
+    """Tell how every CPU of a group did: it passes if each bit that was to be tried has an answer, the right one."""
+    ended = {status: mask_of(bit for bit in range(64) if one.bits[bit].status is status) for status in Status}
+    if ended[Status.FAIL]:
+        return Status.FAIL, f"otherwise than predicted: bits {format_bits(ended[Status.FAIL])}"
+    verdict, walk = one.group.verdict, record.walk
+    if not ended[Status.PASS] or verdict is None or isinstance(walk, UnsetType):
+        return Status.SKIP, one.bits[0].reason
+    lacking = mask_of(parse_list(walk.bits)) & parse_hex64(verdict.not_measured)
+    if lacking:
+        return Status.SKIP, f"no answer: bits {format_bits(lacking)}"
+    left = ended[Status.SKIP]
+    return Status.PASS, f"not judged: bits {format_bits(left)}" if left else ""
+
+
+def _put_back(record: rec.Record) -> Case:
+    told = [
+        f"CPUs {entry.cpus}: {entry.state}: held {entry.saved} before; {entry.note}"
+        for entry in record.restore
+        if entry.state != "verified"
+    ]
+    told = told or [entry.text for entry in record.findings if entry.kind in TOLD_BY_RESTORE]
+    if told:
+        return Case("put_back", Status.ERROR, _joined(told))
+    return Case("put_back", Status.PASS) if record.restore else Case("put_back", Status.SKIP, "nothing was written")
+
+
+def _finding(record: rec.Record, kind: str, judged: Sequence[_Judged]) -> Case:
+    told = [f"{_where(parse_list(entry.cpus))}: {entry.text}" for entry in record.findings if entry.kind == kind]
+    if told:
+        return Case(word(kind), Status.FAIL, _joined(told))
+    why = _not_looked_for(record, kind, judged)
+    return Case(word(kind), Status.SKIP if why else Status.PASS, why)
+
+
+def _not_looked_for(record: rec.Record, kind: str, judged: Sequence[_Judged]) -> str:
+    """Tell why a run could not find something; "" if it could."""
+    if kind == "cpuid_cross_check":
+        return "" if record.cpuid.cross_check == "equal" else f"CPUID was not cross-checked: {record.cpuid.cross_check}"
+    walk = record.walk
+    if kind == "cpuid_differs":
+        return ""
+    if isinstance(walk, UnsetType):
+        return _PLAN_ONLY
+    written = [one for one in judged if one.group.verdict and not _without_register(one.group)]
+    if all(parse_hex64(one.group.verdict.not_measured) == ALL_BITS for one in written if one.group.verdict):
+        return _NO_ANSWER
+    asked = {
+        "inconsistent": (walk.repeat > 1, "one walk only (--repeat)"),
+        "not_clearable": (walk.clear_bits, "not asked (--clear-bits)"),
+        "pair_refused": (walk.pairs, "not asked (--pairs)"),
+        "cpus_differ": (sum(len(one.cpus) for one in written) > 1, "one CPU only"),
+    }
+    if kind.startswith("combination_") and all(entry.combined is UNSET for entry in record.observations):
+        return "no bits were written together"
+    done, why = asked.get(kind, (True, ""))
+    return "" if done else why
 
 
 def _worst_of_each(cases: Sequence[Case]) -> list[Case]:
@@ -218,27 +356,37 @@ def _worst_of_each(cases: Sequence[Case]) -> list[Case]:
     return list(found.values())
 
 
-def _bit(record: rec.Record, group: Group, bit: int) -> Case:
-    name = bit_name(bit)
-    if record.walk is UNSET:
-        return Case(name, Status.SKIP, "plan only: nothing was written")
+def _bits(record: rec.Record, group: Group) -> tuple[Case, ...]:
+    """Return how each bit ended on a group's CPUs."""
     verdict, seen = group.verdict, group.observation
-    if verdict is None or seen is None:
-        return Case(name, Status.SKIP, "not walked")
-    outcome = outcome_of(seen, bit)
-    for field, told in (
-        ("unexpected_fault", "predicted to be accepted, the write took #GP"),
-        ("unexpected_accept", f"predicted to take #GP, the write did not: {outcome}"),
-        ("not_retained", f"accepted as predicted, and does not read back: {outcome}"),
-    ):
-        if parse_hex64(getattr(verdict, field)) >> bit & 1:
-            return Case(name, Status.FAIL, told)
-    if parse_hex64(verdict.not_measured) >> bit & 1:
-        why = f" ({seen.absent_because})" if seen.absent_because and outcome == "absent" else ""
-        return Case(name, Status.SKIP, f"not measured: {outcome}{why}")
-    if group.prediction is None or parse_hex64(group.prediction.either) >> bit & 1:
-        return Case(name, Status.SKIP, f"the documents leave it open: {outcome}")
-    return Case(name, Status.PASS)
+    if record.walk is UNSET or verdict is None or seen is None:
+        why = _PLAN_ONLY if record.walk is UNSET else "not walked"
+        return tuple(Case(bit_name(bit), Status.SKIP, why) for bit in range(64))
+    outcomes = {outcome.value: parse_hex64(getattr(seen.outcomes, outcome.value)) for outcome in Outcome}
+    absent, because = _without_register(group), seen.absent_because
+    fault = parse_hex64(verdict.unexpected_fault)
+    either = ALL_BITS if group.prediction is None else parse_hex64(group.prediction.either)
+    gone = f" ({because})" if because else ""
+    rules = (  # the first that has the bit tells; with the outcome or without, and what follows it
+        (fault & absent, Status.FAIL, f"predicted to be accepted, {because}", False, ""),
+        (fault, Status.FAIL, "predicted to be accepted, the write took #GP", False, ""),
+        (parse_hex64(verdict.unexpected_accept), Status.FAIL, "predicted to take #GP, the write did not: ", True, ""),
+        (parse_hex64(verdict.not_retained), Status.FAIL, "accepted as predicted, and does not read back: ", True, ""),
+        (absent, Status.SKIP, f"not tried: {because}", False, ""),
+        (outcomes["absent"], Status.SKIP, "not measured: ", True, gone),
+        (parse_hex64(verdict.not_measured), Status.SKIP, "not measured: ", True, ""),
+        (either, Status.SKIP, "the documents leave it open: ", True, ""),
+    )
+    cases = []
+    for bit in range(64):
+        found = next((rule[1:] for rule in rules if rule[0] >> bit & 1), None)
+        if found is None:
+            cases.append(Case(bit_name(bit), Status.PASS))
+            continue
+        status, told, tells, end = found
+        outcome = next((name for name, mask in outcomes.items() if mask >> bit & 1), _NOT_TRIED) if tells else ""
+        cases.append(Case(bit_name(bit), status, f"{told}{outcome}{end}"))
+    return tuple(cases)
 
 
 def outcome_of(seen: rec.ObservationEntry, bit: int) -> str:
@@ -246,7 +394,7 @@ def outcome_of(seen: rec.ObservationEntry, bit: int) -> str:
     for outcome in Outcome:
         if parse_hex64(getattr(seen.outcomes, outcome.value)) >> bit & 1:
             return outcome.value
-    return "not tried"
+    return _NOT_TRIED
 
 
 # --- KVM -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import msgspec
 
 from probe import kvm_record, migration_record
 from probe import record as rec
-from probe.cases import Status, groups_of, report_of
+from probe.cases import groups_of, report_of
 from probe.diff.moved import AnyRecord
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, parse_hex64
@@ -74,9 +74,6 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
     """
     machine = record.machine
     report = report_of(record)
-    told = [
-        case.reason for suite in report.suites for case in suite.cases if case.status in (Status.FAIL, Status.ERROR)
-    ]
     row = Row(
         night=night,
         host=host,
@@ -98,7 +95,7 @@ def rows_of(record: AnyRecord, host: str, night: str, sha256: str) -> list[Row]:
         wrong=0,
         odd=0,
         status=report.status.value,
-        findings="; ".join(dict.fromkeys(told))[:2000],
+        findings="; ".join(report.told)[:2000],
         explained="",
         lost="",
         agent=record.tool.agent,

@@ -13,9 +13,8 @@ from hashlib import sha256
 from typing import Any
 
 from probe import kvm_record
-from probe import record as rec
 from probe.cases import Report, Status, Suite, title_of, worst
-from probe.masks import hex64
+from probe.masks import hex64, mask_of
 from probe.report.layout import clean
 
 _STATUS = {Status.PASS: "PASS", Status.FAIL: "FAIL", Status.SKIP: "SKIP", Status.ERROR: "ERROR"}
@@ -102,10 +101,10 @@ def _masks(report: Report, suites: Sequence[Suite]) -> dict[str, Any]:
     """Return how many cases ended how; of a run the bits of each kind, of KVM the register's own answers."""
     cases = [case for suite in suites for case in suite.cases]
     found: dict[str, Any] = {status.value: sum(case.status is status for case in cases) for status in Status}
-    if isinstance(report.record, rec.Record) and cases and cases[0].name.startswith("bit"):
+    if suites[0].name == "bits":
         for status in Status:
             found[f"{status.value}_bits"] = hex64(
-                sum(1 << bit for bit, case in enumerate(cases[:64]) if case.status is status)
+                mask_of(bit for bit, case in enumerate(cases) if case.status is status)
             )
     elif isinstance(report.record, kvm_record.KvmRecord):
         hardware = report.record.hardware

@@ -180,6 +180,19 @@ def test_runs_are_compared_too() -> None:
     assert told(("a", run(BASE, valid=0x4)), ("b", run(TIP)))["status"] == "warn"
 
 
+def test_what_one_cpu_did_before_is_new_on_another() -> None:
+    def odd(commit: str, cpu: int) -> rec.Record:
+        registers = {each: FakeRegister(valid=0x4 if each == cpu else 0x6) for each in (0, 1)}
+        record = record_of(registers, threadripper(), facts_of("threadripper-3970x"))
+        record.kernel.release = f"6.19.0-rc1-g{commit[:12]}"
+        return record
+
+    told_ = told(("a", odd(BASE, 0)), ("b", odd(TIP, 1)))
+    assert told_["status"] == "fail"
+    assert "bit01_stibp: CPU 1: predicted to be accepted" in told_["summary"]
+    assert told(("a", odd(BASE, 1)), ("b", odd(TIP, 1)))["status"] != "fail"
+
+
 @pytest.mark.parametrize("before", ["verified", "failed"])
 def test_a_register_that_was_not_put_back_fails_whatever_the_base_did(before: str) -> None:
     one, other = run(BASE), run(TIP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -30,8 +31,10 @@ from probe.report import junit, kcidb, ktap, prometheus, tables
 from probe.report.page.render import render
 from probe.store import decode_any
 from probe.verdict import KINDS
+from tests.fakes import FakeRegister
+from tests.fakes_machine import record_of, threadripper
 from tests.unit.test_report import GOLDEN as RUNS
-from tests.unit.test_report import HOSTILE, as_predicted, july_2020_guest
+from tests.unit.test_report import HOSTILE, METAL, as_predicted, july_2020_guest
 
 Golden = Callable[[str, str], None]
 RECORDS = sorted(Path("results").rglob("*.json"))
@@ -77,14 +80,20 @@ def test_names_are_those_of_the_readme() -> None:
     for name in (
         "bit01_stibp",
         "bit09_reserved",
-        "cpus_0-1",
+        "register",
+        "as_enumerated",
+        "cpu_0",
+        "every_cpu",
+        "put_back",
+        "incomplete",
         "profile_zen2-client",
         "guest_first",
         "explained",
         "msr_driver",
     ):
         assert f"`{name}`" in text, name
-    assert "cpus_0-1.bit01_stibp" in cases(GUEST)
+    told = {"register.as_enumerated", "bits.bit01_stibp", "cpus.cpu_0", "restore.put_back", "findings.incomplete"}
+    assert told <= cases(GUEST).keys()
     assert {"kvm.explained", "kvm.msr_driver", "profile_zen2-client.guest_first"} <= cases(
         report_of(decode_any(NEW.read_bytes(), "x"))
     ).keys()
@@ -92,10 +101,107 @@ def test_names_are_those_of_the_readme() -> None:
 
 def test_a_case_is_what_the_record_says() -> None:
     found = cases(GUEST)
-    assert found["cpus_0-1.bit01_stibp"] == ("fail", "predicted to be accepted, the write took #GP")
-    assert found["cpus_0-1.bit02_ssbd"] == ("pass", "")
-    assert found["cpus_0-1.bit00_ibrs"][0] == "skip", "the documents leave it open"
-    assert found["restore.cpus_0-1"][0] == "pass"
+    assert found["bits.bit01_stibp"] == ("fail", "predicted to be accepted, the write took #GP")
+    assert found["bits.bit02_ssbd"] == ("pass", "")
+    assert found["bits.bit00_ibrs"][0] == "skip", "the documents leave it open"
+    assert found["restore.put_back"][0] == "pass"
+    assert found["cpus.cpu_1"] == ("fail", "otherwise than predicted: bits 1")
+    assert found["register.as_enumerated"] == ("pass", "")
+
+
+def test_names_of_a_run_do_not_hang_on_what_was_seen() -> None:
+    """The same machine, asked the same, has the same cases in every form, in the same order, whatever it did."""
+    registers = {cpu: FakeRegister(valid=0x6) for cpu in range(8)}
+    facts = dataclasses.replace(METAL, online=tuple(range(8)))
+    usual = report_of(record_of(registers, threadripper(8), facts))
+    others: tuple[dict[str, Any], ...] = (
+        {"valid": 0x4},
+        {"absent": True},
+        {"offline": True},
+        {"refuses": True},
+        {"dropped": ALL_BITS},
+        {"value": 0x1, "valid": 0x7, "sticky": 0x4},
+    )
+    assert list(cases(usual)) == list(cases(report_of(record_of({}, threadripper(8), facts, written=False))))
+    for other in others:
+        for which in ([5], range(8)):
+            odd = {**registers, **{cpu: FakeRegister(**other) for cpu in which}}
+            report = report_of(record_of(odd, threadripper(8), facts))
+            assert list(cases(report)) == list(cases(usual)), other
+            assert report.status in (Status.FAIL, Status.ERROR), other
+            paths = [
+                [test["path"] for test in json.loads(kcidb.render([one], "lab"))["tests"]] for one in (usual, report)
+            ]
+            assert paths[0] == paths[1]
+
+
+def test_a_bit_is_the_worst_of_all_cpus() -> None:
+    found = cases(report_of(RUNS["one-cpu-differs"]()))
+    assert found["bits.bit01_stibp"] == ("fail", "CPU 5: predicted to be accepted, the write took #GP")
+    assert found["bits.bit02_ssbd"] == ("pass", "")
+    statuses = [found[f"cpus.cpu_{cpu}"][0] for cpu in range(8)]
+    assert [cpu for cpu, status in enumerate(statuses) if status == "fail"] == [5]
+    found = cases(report_of(RUNS["went-offline"]()))
+    assert found["bits.bit02_ssbd"] == ("skip", "CPU 1: not measured: absent (CPU is offline)")
+    assert (found["cpus.cpu_0"][0], found["cpus.cpu_1"][0]) == ("pass", "skip")
+    record = as_predicted()
+    record.verdicts[0].not_measured = hex64(1 << 40)
+    record.verdicts[0].as_predicted = hex64(ALL_BITS & ~(1 << 40))
+    assert cases(report_of(record))["cpus.cpu_0"] == ("skip", "no answer: bits 40")
+
+
+def test_every_second_cpu_is_told_shortly() -> None:
+    registers = {cpu: FakeRegister(valid=0x4 if cpu & 1 else 0x6) for cpu in range(128)}
+    found = cases(
+        report_of(record_of(registers, threadripper(128), dataclasses.replace(METAL, online=tuple(range(128)))))
+    )
+    told = "64 CPUs, the first is 1: predicted to be accepted, the write took #GP"
+    assert found["bits.bit01_stibp"] == ("fail", told)
+
+
+def test_a_run_that_measured_nothing_is_no_pass() -> None:
+    report = report_of(RUNS["all-refused"]())
+    assert cases(report)["findings.incomplete"][0] == "fail"
+    assert report.status is Status.FAIL, "as its exit code is"
+    assert "spec_ctrl_probe_ok{" in prometheus.render([report])
+    record = RUNS["all-refused"]()
+    record.findings = []
+    report = report_of(record)
+    assert cases(report)["restore.put_back"][0] == "pass"
+    assert report.status is Status.SKIP, "that it was put back is no measurement"
+    assert ktap.render([report]).endswith(" # SKIP nothing was measured\n")
+    (line,) = [line for line in prometheus.render([report]).splitlines() if line.startswith("spec_ctrl_probe_ok{")]
+    assert line.endswith(" 0")
+
+
+def test_a_register_that_is_not_there_has_one_case() -> None:
+    report = report_of(RUNS["no-register"]())
+    found = cases(report)
+    told = "RDMSR took #GP: no such register"
+    assert found["register.as_enumerated"] == ("pass", f"as CPUID says: {told}")
+    assert {found[f"bits.{bit_name(bit)}"] for bit in range(64)} == {("skip", f"not tried: {told}")}
+    assert report.status is Status.PASS
+    report = report_of(RUNS["enumerated-but-absent"]())
+    found = cases(report)
+    assert found["register.as_enumerated"] == ("fail", f"CPUID enumerates it: {told}")
+    assert found["bits.bit02_ssbd"] == ("fail", f"predicted to be accepted, {told}")
+    assert found["bits.bit09_reserved"] == ("skip", f"not tried: {told}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_not_looked_for_is_no_pass(kind: str) -> None:
+    """not_clearable without --clear-bits, say: in a run that asked for all it passes, in a plan nothing of the walk."""
+    if kind in ("not_restored", "not_verified", "unexpected_fault", "unexpected_accept", "not_retained"):
+        return  # told by restore, and by the bits
+    record = as_predicted()
+    assert not isinstance(record.walk, UnsetType)
+    plain = cases(report_of(record))[f"findings.{kind}"]
+    asked = kind in ("inconsistent", "not_clearable", "pair_refused")
+    assert plain[0] == ("skip" if asked else "pass"), plain
+    record.walk.repeat, record.walk.pairs, record.walk.clear_bits = 2, True, True
+    assert cases(report_of(record))[f"findings.{kind}"] == ("pass", "")
+    plan = cases(report_of(RUNS["plan-only"]()))[f"findings.{kind}"]
+    assert plan[0] == ("pass" if kind.startswith("cpuid_") else "skip")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,8 +214,6 @@ def test_no_finding_is_a_pass(kind: str) -> None:
     elif kind in ("unexpected_fault", "unexpected_accept", "not_retained"):
         for verdict in record.verdicts:
             setattr(verdict, kind, hex64(0x6))
-    elif kind == "incomplete":  # of which the skipped bits tell
-        return
     assert report_of(record).status in (Status.FAIL, Status.ERROR)
 
 
@@ -180,15 +284,16 @@ def test_what_was_not_measured_never_passes() -> None:
             if entry.model == record.judge
             for cpu in rec.cpus_of(entry.cpus)
         }
-        for suite in report_of(record).suites:
-            if not suite.name.startswith("cpus_"):
-                continue
-            cpus = rec.cpus_of(suite.title.split()[1].rstrip(","))
-            for bit, case in enumerate(suite.cases):
-                if case.status in (Status.PASS, Status.FAIL):
-                    assert all(measured[cpu] >> bit & 1 for cpu in cpus), (name, case)
-                if case.status is Status.SKIP:
-                    assert case.reason
+        found = cases(report_of(record))
+        for bit in range(64):
+            status, reason = found[f"bits.{bit_name(bit)}"]
+            if status == "pass":
+                assert all(mask >> bit & 1 for mask in measured.values()), (name, bit)
+            if status == "fail":
+                assert any(mask >> bit & 1 for mask in measured.values()), (name, bit)
+            assert reason or status == "pass"
+        for cpu in rec.cpus_of(record.machine.online):
+            assert found[f"cpus.cpu_{cpu}"][0] != "pass" or measured[cpu], (name, cpu)
 
 
 def test_a_plan_and_a_register_that_is_not_back() -> None:
@@ -324,7 +429,7 @@ def test_kcidb_by_its_newest_schema() -> None:
     ids = [test["id"] for test in document["tests"]]
     assert len(set(ids)) == len(ids)
     assert json.loads(kcidb.render([GUEST, GUEST], "lab")) == json.loads(kcidb.render([GUEST], "lab"))
-    guest = [test for test in json.loads(kcidb.render([GUEST], "lab"))["tests"] if test["path"].endswith("cpus_0-1")]
+    guest = [test for test in json.loads(kcidb.render([GUEST], "lab"))["tests"] if test["path"].endswith(".bits")]
     assert [test["status"] for test in guest] == ["FAIL"]
     assert guest[0]["misc"]["spec_ctrl"]["fail_bits"] == hex64(0x2)
     assert len(json.loads(kcidb.render([report_of(decode_any(NEW.read_bytes(), "x"))], "lab"))["tests"]) == 2
@@ -393,7 +498,7 @@ def test_no_string_of_a_record_breaks_an_export(hostile: str) -> None:
     rows = list(csv.reader(io.StringIO(tables.comma_separated([report]))))
     assert all(len(row) == 6 and not any(cell.startswith(("=", "+", "-", "@")) for cell in row) for row in rows)
     document = json.loads(kcidb.render([report], "lab"))
-    assert len(document["tests"]) == 3
+    assert len(document["tests"]) == 5
     assert "<script>" not in tables.markdown([report])
 
 
@@ -402,7 +507,10 @@ def test_a_million_cpus_and_deep_nesting(tmp_path: Path, capsys: pytest.CaptureF
     for entries in (record.observations, record.predictions, record.verdicts, record.restore, record.saved):
         for entry in entries:
             entry.cpus = "0-999999"
-    assert len(report_of(record).suites) == 2
+    found = cases(report_of(record))
+    assert len(found) == 1 + 64 + 1 + 1 + 13
+    told = "1000000 CPUs, more than 4,096: no case for each; not judged: bits 0"
+    assert found["cpus.every_cpu"] == ("pass", told)
     (tmp_path / "deep.json").write_text('{"schema_version": "1.0", "machine": ' + "[" * 100_000)
     (tmp_path / "nan.json").write_text('{"schema_version": "1.0", "duration": NaN}')
     for name in ("deep", "nan"):
