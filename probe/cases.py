@@ -67,12 +67,14 @@ class Suite:
 
 @dataclass(frozen=True)
 class Report:
-    """One record as suites. name is the machine's, whatever kernel it runs; kind "run", "kvm" or "migration"."""
+    """One record as suites. name is the machine's, whatever kernel it runs; kind "run", "kvm" or "migration"; sha256
+    that of its file, in hexadecimal, "" if it has none."""
 
     name: str
     kind: str
     record: AnyRecord
     suites: tuple[Suite, ...]
+    sha256: str = ""
 
     @property
     def status(self) -> Status:
@@ -107,9 +109,17 @@ def word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "unnamed"
 
 
-def reports_of(records: Sequence[AnyRecord], expect: Machine | None = None) -> list[Report]:
-    """Turn records into reports. Those that have one name get their kernel's, then their time, then a number, too."""
-    found = [report_of(record, expect) for record in records]
+def reports_of(
+    records: Sequence[AnyRecord], expect: Machine | None = None, hashes: Sequence[str] | None = None
+) -> list[Report]:
+    """Turn records into reports; hashes are the SHA-256 of their files.
+
+    Those that have one name get their kernel's, then their time, then a number, too.
+    """
+    found = [
+        replace(report_of(record, expect), sha256=sha256)
+        for record, sha256 in zip(records, hashes or [""] * len(records))
+    ]
     more: tuple[Callable[[Report], str], ...] = (
         lambda report: report.record.kernel.release,
         lambda report: report.record.started,

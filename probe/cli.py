@@ -1044,7 +1044,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     expect = machines.get(arguments.expect) if arguments.expect else None
     _check_output(arguments.output, arguments.force, arguments.records)
-    reports = reports_of([_record_and_hash(path)[0] for path in arguments.records], expect)
+    read = [_record_and_hash(path) for path in arguments.records]
+    reports = reports_of([record for record, _ in read], expect, [sha256 for _, sha256 in read])
     _write_output(_exported(arguments.format, reports, arguments.origin), arguments.output, arguments.force)
     return int(ExitCode.AS_PREDICTED)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from junitparser import Error, Failure, JUnitXml, Properties, Property, Skipped, TestCase, TestSuite
 
 from probe.cases import Case, Report, Status, Suite, title_of
+from probe.report import circumstances
 from probe.report.layout import clean
 
 
@@ -31,8 +32,9 @@ def _suite(report: Report, suite: Suite) -> TestSuite:
     properties = Properties()
     kernel, machine = report.record.kernel, report.record.machine
     microcode = ", ".join(one.revision for one in machine.microcode) or "unknown"
+    more = [(name, value) for name, value in circumstances.of(report).items() if value]
     about = (("record", title_of(report)), ("suite", suite.title), ("kernel", f"{kernel.release} {kernel.version}"))
-    for name, value in (*about, ("microcode", microcode), ("tool", report.record.tool.version)):
+    for name, value in (*about, ("microcode", microcode), ("tool", report.record.tool.version), *more):
         properties.add_property(Property(name, _xml(value)))
     found.append(properties)
     for case in suite.cases:

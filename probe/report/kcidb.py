@@ -15,9 +15,11 @@ from typing import Any
 from probe import kvm_record
 from probe.cases import Report, Status, Suite, title_of, worst
 from probe.masks import hex64, mask_of
+from probe.report import circumstances
 from probe.report.layout import clean
 
 _STATUS = {Status.PASS: "PASS", Status.FAIL: "FAIL", Status.SKIP: "SKIP", Status.ERROR: "ERROR"}
+_OF_TEST = ("not_hardware", "record_sha256")  # beside its masks: a test may be read without its environment
 _MOST_LOG = 16_000  # the schema allows 16,384 characters
 
 
@@ -70,6 +72,7 @@ def _test(
 ) -> dict[str, Any]:
     record = report.record
     machine = record.machine
+    around = {key: clean(text) for key, text in circumstances.of(report).items() if text}
     whole = f"{report.kind}{report.name}{record.started}{name}{record.identity}"
     test = {
         "id": f"{origin}:{identifier(whole)}",
@@ -80,16 +83,16 @@ def _test(
         "start_time": record.started.replace("Z", "+00:00"),
         "duration": float(record.duration),
         "environment": {
-            "comment": clean(title_of(report)),
-            "misc": {"platform": clean(record.identity or f"{machine.vendor}-{machine.signature}")},
+            "comment": clean("; ".join([*circumstances.warnings(record), title_of(report)])),
+            "misc": {"platform": clean(record.identity or f"{machine.vendor}-{machine.signature}"), **around},
         },
-        "misc": {"spec_ctrl": _masks(report, suites)},
+        "misc": {"spec_ctrl": {**_masks(report, suites), **{key: around[key] for key in _OF_TEST if key in around}}},
     }
     said = [
         f"{suite.name}.{case.name}: {case.reason}" for suite in suites for case in suite.cases if _tells(case.status)
     ]
     if said:
-        test["log_excerpt"] = clean("; ".join(said))[:_MOST_LOG]
+        test["log_excerpt"] = clean("; ".join([*circumstances.warnings(record), *said]))[:_MOST_LOG]
     return test
 
 

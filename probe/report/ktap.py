@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from probe.cases import Case, Report, Status, Suite, title_of
+from probe.report import circumstances
 from probe.report.layout import clean
 
 
@@ -22,6 +23,7 @@ def _report(report: Report) -> Iterator[str]:
     yield "KTAP version 1"
     yield f"# Subtest: {report.kind}_{report.name}"
     yield _said(title_of(report))
+    yield from map(_said, [*circumstances.warnings(report.record), *circumstances.lines(report)])
     yield f"1..{len(report.suites)}"
     for number, suite in enumerate(report.suites, 1):
         for line in _suite(suite):

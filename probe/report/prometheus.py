@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from probe.cases import Report, Status
 from probe.night import Night
+from probe.report import circumstances
 from probe.report.layout import clean
 from probe.sweep import How, Swept
 
@@ -20,7 +21,7 @@ _METRICS = (
     ("duration_seconds", "How long the run took."),
     ("cases", "Cases by how they ended: pass, fail, skip, error."),
     ("ok", "1 if nothing failed and something was measured, else 0."),
-    ("info", "Always 1; kernel, microcode and tool as labels."),
+    ("info", "Always 1; kernel, microcode, tool, what is not hardware, where, command and SHA-256 as labels."),
 )
 
 
@@ -75,7 +76,7 @@ def _series(report: Report, name: str) -> list[str]:
     if name == "info":
         microcode = record.machine.microcode[0].revision if record.machine.microcode else "unknown"
         about = {"kernel": record.kernel.release, "microcode": microcode, "tool": record.tool.version}
-        return [_line(name, {**labels, **about}, 1)]
+        return [_line(name, {**labels, **about, **circumstances.of(report)}, 1)]
     values = {
         "last_run_timestamp_seconds": _seconds(record.started),
         "duration_seconds": record.duration,

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from probe.cases import Report, Status, title_of
+from probe.report import circumstances
 from probe.report.layout import clean
 from probe.report.spreadsheet import as_csv
 
-COLUMNS = ("record", "kind", "suite", "case", "status", "reason")
+COLUMNS = ("record", "kind", "suite", "case", "status", "reason", *circumstances.FIELDS)
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -17,6 +18,9 @@ def markdown(reports: Sequence[Report]) -> str:
     lines: list[str] = []
     for report in reports:
         lines += [f"## {_cell(report.kind)} {_cell(report.name)}", "", _cell(title_of(report)), ""]
+        lines += [f"- **{_cell(told)}**" for told in circumstances.warnings(report.record)]
+        lines += [f"- {_cell(told)}" for told in circumstances.lines(report)]
+        lines.append("")
         lines += ["| suite | pass | fail | skip | error |", "|---|---|---|---|---|"]
         groups: dict[tuple[int, ...], list[str]] = {}
         for suite in report.suites:
@@ -62,8 +66,8 @@ def _cell(text: str) -> str:
 def comma_separated(reports: Sequence[Report]) -> str:
     """Return a header and a row for each case."""
     rows = (
-        (report.name, report.kind, suite.name, case.name, case.status.value, case.reason)
-        for report in reports
+        (report.name, report.kind, suite.name, case.name, case.status.value, case.reason, *around)
+        for report, around in ((report, circumstances.of(report).values()) for report in reports)
         for suite in report.suites
         for case in suite.cases
     )

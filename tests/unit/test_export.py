@@ -17,7 +17,7 @@ from typing import Any
 
 import junitparser
 import pytest
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 from prometheus_client.parser import text_string_to_metric_families
 from tap.parser import Parser
 
@@ -27,7 +27,7 @@ from probe.cases import Report, Status, bit_name, report_of, reports_of, word
 from probe.cli import main
 from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.models import machines
-from probe.report import junit, kcidb, ktap, prometheus, tables
+from probe.report import circumstances, junit, kcidb, ktap, prometheus, tables
 from probe.report.page.render import render
 from probe.store import decode_any
 from probe.verdict import KINDS
@@ -404,6 +404,97 @@ def test_a_tap_consumer_reads_the_output() -> None:
         ]
 
 
+# --- what is not hardware --------------------------------------------------------------------------------------------
+
+FORMS: dict[str, Callable[[list[Report]], str]] = {
+    "ktap": ktap.render,
+    "junit": junit.render,
+    "kcidb": lambda some: kcidb.render(some, "lab"),
+    "prometheus": prometheus.render,
+    "markdown": tables.markdown,
+    "csv": tables.comma_separated,
+}
+MODELLED = Path("results/modelled-threadripper-3970x/kvm-5.6-guest.json")
+FORCED = next(Path("results").rglob("*zen2-client-v-spec-ctrl/*-kvm-7.2*.json"))
+
+
+def around(form: str, text: str) -> dict[str, str]:
+    """Return what a consumer of a form finds of a record's circumstances, at every place where they are told."""
+    if form == "junit":
+        found = [
+            {one.name: one.value for one in suite.properties()}
+            for suite in junitparser.JUnitXml.fromstring(text.encode())
+        ]
+    elif form == "kcidb":
+        tests = json.loads(text)["tests"]
+        found = [test["environment"]["misc"] for test in tests]
+        for test in tests:
+            told = test["misc"]["spec_ctrl"]
+            assert told["record_sha256"] == test["environment"]["misc"]["record_sha256"]
+            assert told.get("not_hardware") == test["environment"]["misc"].get("not_hardware")
+            assert test["environment"]["comment"].startswith(told.get("not_hardware", "record"))
+    elif form == "prometheus":
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        found = [sample.labels for sample in families["spec_ctrl_probe_info"].samples]
+    else:
+        found = list(csv.DictReader(io.StringIO(text)))
+    picked = [{name: one[name] for name in circumstances.FIELDS if one.get(name)} for one in found]
+    assert all(one == picked[0] for one in picked)
+    return picked[0]
+
+
+@pytest.mark.parametrize("form", ["junit", "kcidb", "prometheus", "csv"])
+@pytest.mark.parametrize(
+    ("path", "not_hardware"),
+    [
+        (MODELLED, "NOT HARDWARE: its register is a model, valid=0x4; predicted from a recorded CPUID: AMD 17-31-00"),
+        (FORCED, "NOT HARDWARE: "),
+    ],
+    ids=["a register that is a model", "CPUID that was given"],
+)
+def test_every_form_tells_what_is_not_hardware(
+    form: str, path: Path, not_hardware: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--format", form, str(path)]) == 0
+    found = around(form, capsys.readouterr().out)
+    assert found["not_hardware"].startswith(not_hardware)
+    assert found["hypervisor"] == "TCGTCGTCGTCG"
+    assert found["accelerator"] == "tcg"
+    assert found["command"].startswith("spec-ctrl-probe ")
+    assert found["record_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("form", "mark"), [("ktap", "  # "), ("markdown", "- ")])
+def test_a_reader_is_told_what_is_not_hardware(form: str, mark: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--format", form, str(MODELLED)]) == 0
+    lines = [line.replace("\\", "").replace("**", "") for line in capsys.readouterr().out.splitlines()]
+    assert f"{mark}NOT HARDWARE: its register is a model, valid=0x4" in lines
+    assert f"{mark}command: spec-ctrl-probe run --model-register valid=0x4 --cpuid PATH --pairs --record PATH" in lines
+    assert f"{mark}SHA-256: {hashlib.sha256(MODELLED.read_bytes()).hexdigest()}" in lines
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tested_mask_forced_bits_and_an_emulated_cpu_are_told(form: str) -> None:
+    record = decode_any(NEW.read_bytes(), "x")
+    assert isinstance(record, kvm_record.KvmRecord)
+    assert not isinstance(record.guest, UnsetType)
+    record.guest.cpu, record.guest.accelerator = "", "kvm"
+    record.guest.tested = UNSET
+    record.machine.hypervisor = "KVMKVMKVM"
+    assert "NOT HARDWARE" not in FORMS[form]([report_of(record)])
+    record.guest.accelerator = "tcg"
+    assert "the CPU is emulated (QEMU TCG)" in FORMS[form]([report_of(record)]).replace("\\", "")
+    record.guest.tested = hex64(0x7)
+    assert f"made to accept {hex64(0x7)}" in FORMS[form]([report_of(record)])
+    record.guest.cpu = "amd-stibp=on"
+    assert "CPUID bits given to an emulated CPU" in FORMS[form]([report_of(record)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hardware_is_not_called_anything_else(form: str) -> None:
+    assert "NOT HARDWARE" not in FORMS[form]([report_of(RUNS["july-2020-metal"]())])
+
+
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
@@ -463,23 +554,16 @@ def test_markdown_tables_are_whole() -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) in (5, 6)
 
 
-@pytest.mark.parametrize("form", ["ktap", "junit", "kcidb", "prometheus", "markdown", "csv"])
+@pytest.mark.parametrize("form", FORMS)
 def test_golden_export(form: str, golden: Golden) -> None:
-    renders: dict[str, Callable[[list[Report]], str]] = {
-        "ktap": ktap.render,
-        "junit": junit.render,
-        "kcidb": lambda some: kcidb.render(some, "lab"),
-        "prometheus": prometheus.render,
-        "markdown": tables.markdown,
-        "csv": tables.comma_separated,
-    }
-    golden(f"export-july-2020-guest.{form}", renders[form]([GUEST]))
+    golden(f"export-july-2020-guest.{form}", FORMS[form]([GUEST]))
 
 
 def strings(record: rec.Record, hostile: str) -> Report:
     """A record whose every free text is hostile."""
     record.machine.brand = record.machine.vendor = record.kernel.release = record.kernel.version = hostile
     record.identity = record.machine.hypervisor = record.tool.version = hostile
+    record.tool.name, record.tool.arguments = hostile, [hostile, "run"]
     for finding in record.findings:
         finding.text, finding.kind = hostile, "cpus_differ"
     for entry in record.restore:
@@ -496,7 +580,8 @@ def test_no_string_of_a_record_breaks_an_export(hostile: str) -> None:
     assert junitparser.JUnitXml.fromstring(junit.render([report]).encode()).errors == 1
     assert list(text_string_to_metric_families(prometheus.render([report])))
     rows = list(csv.reader(io.StringIO(tables.comma_separated([report]))))
-    assert all(len(row) == 6 and not any(cell.startswith(("=", "+", "-", "@")) for cell in row) for row in rows)
+    assert all(len(row) == len(tables.COLUMNS) for row in rows)
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
     document = json.loads(kcidb.render([report], "lab"))
     assert len(document["tests"]) == 5
     assert "<script>" not in tables.markdown([report])
