@@ -449,8 +449,9 @@ def _of_kvm(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Su
 
 
 def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Case]:
-    if kvm_record.complaints(record):
-        yield Case("policy_decides", Status.ERROR, "; ".join(kvm_record.complaints(record)))
+    if not isinstance(record.policy, UnsetType):
+        told = "; ".join(kvm_record.complaints(record))
+        yield Case("policy_decides", Status.ERROR if told else Status.PASS, told)
     yield Case("explained", *_explained(record, expect))
     if record.explored:
         found = "; ".join(
@@ -460,6 +461,8 @@ def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Cas
         )
         told = ", ".join(f"{entry.programs} on {entry.model}" for entry in record.explored)
         yield Case("programs", Status.FAIL if found else Status.PASS, found or told)
+    else:
+        yield Case("programs", Status.SKIP, "no random programs were run (kvm --programs)")
     driver = record.driver
     if isinstance(driver, UnsetType):
         yield Case("msr_driver", Status.SKIP, "not asked (kvm --write)")

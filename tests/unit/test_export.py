@@ -322,12 +322,28 @@ def test_a_policy_of_a_file_is_not_judged_by_a_model_that_nobody_has() -> None:
     assert not isinstance(record.policy, UnsetType)
     record.policy.name = "mine.py"
     found = cases(report_of(record))
-    assert {name for name, (status, _) in found.items() if status != "skip"} == {"kvm.explained", "kvm.programs"}
+    told = {name for name, (status, _) in found.items() if status != "skip"}
+    assert told == {"kvm.policy_decides", "kvm.explained", "kvm.programs"}
     assert found["kvm.explained"][0] == "fail", "the record says that another policy explains it"
     assert found["profile_zen2-client.guest_first"] == (
         "skip",
         "this tool does not know the model that it is judged by",
     )
+
+
+def test_names_of_a_matrix_do_not_hang_on_what_was_seen() -> None:
+    path = next(path for path in RECORDS if path.name.startswith("emulate-guest-"))
+    record = decode_any(path.read_bytes(), "x")
+    assert isinstance(record, kvm_record.KvmRecord)
+    assert not isinstance(record.policy, UnsetType)
+    usual = cases(report_of(record))
+    assert usual["kvm.policy_decides"] == ("pass", "")
+    record.policy.complaints = {"raised ValueError": 3}
+    record.explored, record.explained_by = [], []
+    found = cases(report_of(record))
+    assert list(found) == list(usual)
+    assert found["kvm.policy_decides"] == ("error", "3 times it raised ValueError")
+    assert found["kvm.programs"] == ("skip", "no random programs were run (kvm --programs)")
 
 
 # --- KTAP ------------------------------------------------------------------------------------------------------------
