@@ -51,6 +51,15 @@ def test_colour_is_where_it_helps() -> None:
     assert "\x1b[1;31mNOT PUT BACK" in coloured(text.render(RUNS["not-put-back"]()))
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["1 change", "5 changes; 6 things around it differ", "a, record of KVM: 2 changes; 3 things", "1 pair: 1 different"],
+)
+def test_a_headline_of_changes_is_red_whatever_stands_beside_it(line: str) -> None:
+    assert re.search(r"\x1b\[1;31m[125] (changes?|different)\x1b\[0m", coloured(line))
+    assert "\x1b" not in coloured("40 pairs of records: 40 the same, 0 different")
+
+
 def on_a_terminal(*command: str, columns: int = 100, **more: str) -> str:
     """Run a command with a terminal as standard output, and return what it printed."""
     ours, theirs = pty.openpty()
