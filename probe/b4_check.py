@@ -27,8 +27,7 @@ from probe.cases import TOLD_BY_BITS, TOLD_BY_RESTORE, Status, report_of
 from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import Sets, compare_sets
 from probe.errors import RecordError
-from probe.masks import format_bits, parse_list
-from probe.registers import SPEC_CTRL
+from probe.masks import parse_list, told_bits
 from probe.report import diff_text
 from probe.report.layout import clean, fields, joined, paragraph
 from probe.report.layout import field as labelled
@@ -520,8 +519,8 @@ def _findings(record: AnyRecord) -> dict[tuple[str, str], str]:
         found = {("kvm", "policy"): "; ".join(kvm_record.complaints(record))}
         found["kvm", "driver"] = ""
         if kvm_record.driver_differs(record):
-            bits = format_bits(kvm_record.driver_differs(record))
-            found["kvm", "driver"] = f"the msr driver is unlike KVM_SET_MSRS on bits {bits}"
+            bits = told_bits(kvm_record.driver_differs(record))
+            found["kvm", "driver"] = f"the msr driver is unlike KVM_SET_MSRS on {bits}"
         own = not isinstance(record.policy, UnsetType)
         explained = kvm_record.as_predicted(record) if own else bool(record.explained_by)
         found["kvm", "explained"] = (
@@ -549,9 +548,8 @@ def _first_moved(differing: Sequence[Comparison]) -> str:
     moved = next((one for comparison in differing for one in comparison.moved), None)
     if moved is None:
         return "not the same CPUs or guest CPUIDs were measured"
-    bits = f" bits {SPEC_CTRL.brief(moved.bits)}:" if moved.bits else ""
     more = f", and {_count(count - 1, 'change')} more" if count > 1 else ""
-    return f"moved: {moved.what}:{bits} {moved.before} -> {moved.after}{more}"
+    return f"moved: {moved.told}{more}"
 
 
 def _extent(records: Sequence[AnyRecord]) -> str:

@@ -81,6 +81,16 @@ def format_bits(mask: int) -> str:
     return format_list(bits_of(mask)) or "none"
 
 
+def told_bits(mask: int) -> str:
+    """Write the set bits of a mask in a sentence: bit 1, bits 1-2, no bits."""
+    return "no bits" if not mask else f"{'bits' if mask & (mask - 1) else 'bit'} {format_bits(mask)}"
+
+
+def told_cpus(cpus: str) -> str:
+    """Write a CPU list in a sentence: CPU 5, CPUs 0-3,8."""
+    return f"CPU {cpus}" if cpus.isdigit() else f"CPUs {cpus}"
+
+
 def grouped(values: Mapping[int, int]) -> list[tuple[str, int]]:
     """Turn CPU -> value into (CPU list, value) groups, in order of the first CPU."""
     cpus: dict[int, list[int]] = {}

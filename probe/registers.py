@@ -98,6 +98,10 @@ class Msr:
             return format_bits(mask)
         return f"{format_bits(mask)} ({', '.join(self.name_of(bit) for bit in bits_of(known))})"
 
+    def told(self, mask: int) -> str:
+        """Return brief() as part of a sentence: bit 1 (STIBP), bits 1-2 (STIBP, SSBD)."""
+        return f"{'bits' if mask & (mask - 1) else 'bit'} {self.brief(mask)}"
+
 
 SPEC_CTRL = Msr(
     "IA32_SPEC_CTRL",

@@ -15,6 +15,7 @@ from probe import record as rec
 from probe.diff.moved import AnyRecord, Condition
 from probe.entries import cpuid_of_groups
 from probe.errors import RecordError
+from probe.masks import told_cpus
 from probe.models.profile import profile_of
 
 # Told in words of their own, or not circumstances but what was seen.
@@ -76,7 +77,7 @@ def around(record: AnyRecord) -> dict[str, str]:
     if isinstance(record, rec.Record):
         parts += [("place", record.place), ("walk", record.walk)]
         found["judge"] = record.judge
-        found["held before the run"] = ", ".join(f"{entry.value} (CPUs {entry.cpus})" for entry in record.saved)
+        found["held before the run"] = ", ".join(f"{entry.value} ({told_cpus(entry.cpus)})" for entry in record.saved)
         found["CPUID"] = _cpuid(record.cpuid.groups)
         given = record.predicted_from
         found["CPUID given"] = "" if isinstance(given, UnsetType) else f"{given.form}: {_cpuid(given.groups)}"
@@ -125,7 +126,7 @@ def conditions(before: AnyRecord, after: AnyRecord) -> tuple[tuple[Condition, ..
     one, other = ({name: text.strip() for name, text in around(record).items()} for record in (before, after))
     names = list(dict.fromkeys([*one, *other]))
     differing = tuple(
-        Condition(name, one.get(name, "not recorded") or "none", other.get(name, "not recorded") or "none")
+        Condition(name, one.get(name, "not recorded") or "(empty)", other.get(name, "not recorded") or "(empty)")
         for name in names
         if one.get(name, "") != other.get(name, "")
     )

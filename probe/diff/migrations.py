@@ -32,7 +32,7 @@ def compare(before: MigrationRecord, after: MigrationRecord) -> Comparison:
 def _counted(keys: list[str]) -> str:
     """Say how many guests one record alone has, and which the first are."""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{len(keys)} guests: {'; '.join(keys[:3])}{more}" if keys else ""
+    return f"{len(keys)} guest{'s' if len(keys) > 1 else ''}: {'; '.join(keys[:3])}{more}" if keys else ""
 
 
 def _value(mask: str | UnsetType) -> str:

@@ -8,6 +8,8 @@ from typing import Union
 
 from probe import kvm_record, migration_record
 from probe import record as rec
+from probe.masks import format_bits, told_bits
+from probe.registers import SPEC_CTRL
 
 AnyRecord = Union[rec.Record, kvm_record.KvmRecord, migration_record.MigrationRecord]
 
@@ -25,6 +27,23 @@ class Moved:
     bits: int = 0
     where: str = ""
     count: int = 0
+
+    @property
+    def numbers(self) -> str:
+        """The bits in list notation, with the names that they have in IA32_SPEC_CTRL; "" if it is not about bits."""
+        if not self.bits:
+            return ""
+        return format_bits(self.bits) if self._of_kin else SPEC_CTRL.brief(self.bits)
+
+    @property
+    def told(self) -> str:
+        """The whole cause as a sentence, but for where."""
+        bits = "" if not self.bits else told_bits(self.bits) if self._of_kin else SPEC_CTRL.told(self.bits)
+        return f"{self.what}:{f' {bits}:' if bits else ''} {self.before} -> {self.after}"
+
+    @property
+    def _of_kin(self) -> bool:
+        return any(name in self.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
 
 
 @dataclass(frozen=True)

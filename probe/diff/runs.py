@@ -17,7 +17,7 @@ from msgspec import UnsetType
 from probe import record as rec
 from probe.diff.around import conditions
 from probe.diff.moved import Comparison, Moved
-from probe.masks import ALL_BITS, format_bits, parse_hex64
+from probe.masks import ALL_BITS, format_bits, parse_hex64, told_cpus
 from probe.outcome import Outcome
 from probe.verdict import KINDS
 
@@ -104,7 +104,7 @@ def _cpus(spans: Iterable[tuple[int, int]]) -> str:
             merged[-1][1] = max(merged[-1][1], high)
         else:
             merged.append([low, high])
-    return "CPUs " + ",".join(str(low) if low == high else f"{low}-{high}" for low, high in merged)
+    return told_cpus(",".join(str(low) if low == high else f"{low}-{high}" for low, high in merged))
 
 
 class _Causes:
@@ -193,7 +193,7 @@ def _findings_moved(before: rec.Record, after: rec.Record) -> list[Moved]:
             kind, mask, cpus = key
             word = ("there", "gone") if key in one else ("none", "new")
             count = sum(high - low + 1 for low, high in _ranges(cpus))
-            moved.append(Moved(f"finding {kind}", *word, parse_hex64(mask), f"CPUs {cpus}", count))
+            moved.append(Moved(f"finding {kind}", *word, parse_hex64(mask), told_cpus(cpus), count))
     return moved
 
 

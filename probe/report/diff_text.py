@@ -9,9 +9,14 @@ from dataclasses import dataclass
 
 from probe.diff.moved import Comparison, Moved
 from probe.diff.sets import Sets
-from probe.masks import format_bits
 from probe.registers import SPEC_CTRL
 from probe.report.layout import field, joined, paragraph
+
+_TITLES = {  # of a mail, by the kind of a comparison
+    "run": f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x}), two runs: ",
+    "kvm": f"KVM and {SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x}): ",
+    "migration": f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x}), guests that moved: ",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class File:
 
 def render(found: Comparison, before: File, after: File, *, hashes: bool = False) -> str:
     """Return the report on two records; with the hashes of both, if it is for a mail."""
-    lines = [_headline(found), "", *_files(before, after, hashes=hashes)]
+    title = _TITLES[found.kind] if hashes else ""
+    lines = [*paragraph(f"{title}{_headline(found)}"), "", *_files(before, after, hashes=hashes)]
     if before.sha256 == after.sha256:
         lines += field("", "both are the same file, or copies of it")
     lines += ["", *_around(found), ""]
@@ -37,7 +43,9 @@ def render_sets(found: Sets, before: str, after: str, hashes: Sequence[tuple[Fil
     """Return the report on two sets: what is alike in one line, what is not in full. hashes are those of the pairs."""
     differing = [pair for pair in found.pairs if not pair.comparison.same]
     alike = len(found.pairs) - len(differing)
-    lines = paragraph(f"{len(found.pairs)} pairs of records: {alike} the same, {len(differing)} different")
+    title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x}): " if hashes else ""
+    pairs = f"{len(found.pairs)} pair{'s' if len(found.pairs) != 1 else ''} of records"
+    lines = paragraph(f"{title}{pairs}: {alike} the same, {len(differing)} different")
     lines += ["", *field("before", before), *field("after", after)]
     for word, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
@@ -108,9 +116,7 @@ def _changes(found: Comparison) -> list[str]:
 
 def _moved(moved: Moved) -> list[str]:
     """Write one cause: who did what, which bits, from what to what, where."""
-    beside = any(name in moved.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
-    bits = f" bits {format_bits(moved.bits) if beside else SPEC_CTRL.brief(moved.bits)}:" if moved.bits else ""
-    lines = paragraph(f"{moved.what}:{bits} {_hex(moved.before)} -> {_hex(moved.after)}", "  ", "        ")
+    lines = paragraph(_hex(moved.told), "  ", "        ")
     if moved.where and moved.where.startswith("CPU"):
         lines += paragraph(f"on {moved.where}", "      ", "      ")
     elif moved.where and not moved.count:

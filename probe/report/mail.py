@@ -16,12 +16,13 @@ from msgspec import UNSET, UnsetType
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.diff.moved import AnyRecord
-from probe.masks import format_bits, parse_hex64
+from probe.masks import format_bits, parse_hex64, told_bits
 from probe.report import moved_text, text
 from probe.report.kvm_text import explained
 from probe.report.layout import clean, field, fields, joined, paragraph
 
 _COMMIT = re.compile(r"-g([0-9a-f]{7,40})(?![0-9a-f])(-dirty)?")
+_CALLED = {"none": "none (no CPUID set)"}  # beside a mask that is "none"
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD", "HygonGenuine": "Hygon"}
 
 
@@ -114,9 +115,9 @@ def _kvm_place(record: kvm_record.KvmRecord | migration_record.MigrationRecord) 
 
 def _register(record: kvm_record.KvmRecord) -> list[str]:
     hardware = record.hardware
-    keeps = "keeps none of them" if not parse_hex64(hardware.keep) else f"keeps bits {_bits(hardware.keep)}"
+    keeps = f"keeps {_told(hardware.keep)}" if parse_hex64(hardware.keep) else "keeps none of them"
     through = f"a guest let through {keeps}" if hardware.let_through else "no guest was let through"
-    lines = field("register", f"takes bits {_bits(hardware.tested)}; {through}")
+    lines = field("register", f"takes {_told(hardware.tested)}; {through}")
     if not parse_hex64(hardware.keep):
         lines += field("", "so whether VM entry loads a guest's value was not seen")
     return lines
@@ -157,7 +158,7 @@ def _findings(record: kvm_record.KvmRecord) -> list[str]:
         told.append(f"{fit.model}, the nearest: {fit.first.program} -> {fit.first.kernel}, not {fit.first.model}")
     differs = kvm_record.driver_differs(record)
     if differs:
-        told.append(f"the msr driver is unlike KVM_SET_MSRS on bits {format_bits(differs)}")
+        told.append(f"the msr driver is unlike KVM_SET_MSRS on {told_bits(differs)}")
     told += kvm_record.complaints(record)
     return fields("findings", told or ["none"])
 
@@ -171,7 +172,8 @@ def _masks(rows: Sequence[kvm_record.RowEntry]) -> list[str]:
         cells = tuple(_bits(row.cells.get(name)) for name in ("guest_first", "guest_after", "host_first"))
         groups.setdefault(cells, []).extend(row.profiles)
     for masks, names in sorted(groups.items(), key=lambda item: -len(item[1]))[:8]:
-        shown = names[0].replace(",", "+") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        shown = f"{_CALLED.get(names[0], names[0].replace(',', '+'))}{more}"
         tail = "".join(f"{mask:<14}" for mask in masks).rstrip()
         if len(shown) > 33:
             lines += paragraph(shown, "", "  ")
@@ -180,6 +182,12 @@ def _masks(rows: Sequence[kvm_record.RowEntry]) -> list[str]:
     if len(groups) > 8:
         lines.append(f"and {len(groups) - 8} more groups: in the record")
     return lines
+
+
+def _told(mask: str) -> str:
+    """Write a mask in a sentence; where most bits are set here and there, how many."""
+    value = parse_hex64(mask)
+    return told_bits(value) if len(format_bits(value)) < 13 else f"{bin(value).count('1')} of 64 bits"
 
 
 def _bits(mask: str | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from probe.masks import format_bits, parse_hex64
+from probe.masks import parse_hex64, told_bits
 from probe.migration_record import ArrivalEntry, DepartureEntry, MigrationRecord, departed_of
 from probe.models import machines
 from probe.models.migration import BY_NAME as RULES
@@ -65,7 +65,7 @@ def _measured(record: MigrationRecord, *, with_kernel: bool) -> list[str]:
 
 
 def _bits(mask: str) -> str:
-    return f"bits {format_bits(parse_hex64(mask))}"
+    return told_bits(parse_hex64(mask))
 
 
 def _verdict(pairs: Sequence[tuple[DepartureEntry, Sequence[ArrivalEntry]]]) -> list[str]:
@@ -106,9 +106,8 @@ def _program(departure: DepartureEntry, arrivals: Sequence[ArrivalEntry]) -> lis
     lines.append(f"# under {departure.policy or ALONE} the guest reads {_told(departure.reads)}")
     gone = departed_of(departure).gone
     if gone:
-        lines += paragraph(
-            f"NOTHING TO MOVE: bits {format_bits(gone)} that it wrote were gone before it left", "# ", "# "
-        )
+        were = "were" if gone & (gone - 1) else "was"
+        lines += paragraph(f"NOTHING TO MOVE: {told_bits(gone)} that it wrote {were} gone before it left", "# ", "# ")
     if departure.differs:
         lines += paragraph(f"NOT AS CALCULATED: {departure.differs}", "# ", "# ")
     for entry in arrivals:

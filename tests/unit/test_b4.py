@@ -210,7 +210,7 @@ def test_b4_keeps_what_moved(lab: Lab) -> None:
     said = lab.check()
     assert said["status"] == "warn"
     assert said["summary"].startswith("moved: explained by: kvm-6.1-svm -> kvm-6.19-svm, and 4 changes more")
-    assert "guest write of IA32_PRED_CMD: bits 0: accepted -> #GP" in said["details"]
+    assert "guest write of IA32_PRED_CMD: bit 0: accepted -> #GP" in said["details"]
 
 
 @pytest.mark.parametrize("built_from", ["the author's branch", "the review branch, with b4's own commit"])

@@ -150,7 +150,7 @@ def test_what_moved_is_a_warning() -> None:
     said = told(("a", kvm(BASE)), ("b", kvm(TIP, NEW)))
     assert said["status"] == "warn"
     assert said["summary"] == "moved: explained by: kvm-6.1-svm -> kvm-6.19-svm, and 4 changes more"
-    assert "  guest write of IA32_PRED_CMD: bits 0: accepted -> #GP" in said["details"]
+    assert "  guest write of IA32_PRED_CMD: bit 0: accepted -> #GP" in said["details"]
     assert f"SHA-256\n           {2:064x}" in said["details"]
 
 

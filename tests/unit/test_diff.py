@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -21,7 +22,7 @@ from probe.cli import main
 from probe.diff.moved import Moved
 from probe.diff.sets import compare, compare_sets
 from probe.errors import RecordError, UsageError
-from probe.masks import ALL_BITS, hex64
+from probe.masks import ALL_BITS, hex64, told_bits
 from probe.models.profile import FEATURES, NAMED, Profile, parse_profile
 from probe.profile_sets import ALL, Universe
 from probe.report import diff_text, mail
@@ -345,7 +346,7 @@ def test_cpus_that_one_run_alone_has() -> None:
     other.observations[0].cpus = "0"
     found = compare(one, other)
     assert not found.same
-    assert found.only_before.startswith("CPUs 1")
+    assert found.only_before.startswith("CPU 1")
 
 
 @pytest.mark.parametrize("one", sorted(RUNS))
@@ -358,6 +359,37 @@ def test_every_pair_of_reports_fits_a_mail(one: str, other: str) -> None:
 def test_two_kinds_have_nothing_to_compare() -> None:
     with pytest.raises(UsageError, match="a record of a run and a record of KVM"):
         compare(as_predicted(), kvm())
+
+
+def test_one_bit_and_one_cpu_are_in_the_singular() -> None:
+    one, other = as_predicted(), as_predicted()
+    other.observations = copy.deepcopy(one.observations)
+    other.observations[0].cpus = "0"
+    other.observations.append(copy.deepcopy(one.observations[0]))
+    other.observations[1].cpus = "1"
+    other.observations[1].outcomes.retained, other.observations[1].outcomes.fault = hex64(0x4), hex64(ALL_BITS & ~0x4)
+    other.saved = [rec.Saved(cpus="0", value=hex64(2))]
+    report = diff_text.render(compare(one, other), *FILES)
+    assert "write: bit 1 (STIBP): retained -> fault\n      on CPU 1\n" in report
+    assert "(CPU 0)" in report
+    assert not re.search(r"bits [0-9]+[ :]|CPUs [0-9]+\n|CPUs [0-9]+\)", report)
+    assert Moved("guest write of IA32_PRED_CMD", "accepted", "#GP", 1).told.endswith("bit 0: accepted -> #GP")
+    assert [told_bits(mask) for mask in (0, 4, 6)] == ["no bits", "bit 2", "bits 1-2"]
+    pair = compare_sets([("a", one)], [("a", other)])
+    assert diff_text.render_sets(pair, "x", "y").startswith("1 pair of records: 0 the same, 1 different\n")
+
+
+def test_a_mail_names_the_register_first() -> None:
+    run, of_kvm = (compare(one, one) for one in (as_predicted(), kvm()))
+    assert diff_text.render(run, *FILES, hashes=True).startswith("IA32_SPEC_CTRL (MSR 0x48), two runs: the same\n")
+    assert diff_text.render(of_kvm, *FILES, hashes=True).startswith("KVM and IA32_SPEC_CTRL (MSR 0x48): the same\n")
+
+
+def test_what_is_empty_is_not_called_none() -> None:
+    one, other = as_predicted(), as_predicted()
+    one.kernel.lockdown, other.kernel.lockdown = "", "none"
+    (condition,) = compare(one, other).conditions
+    assert (condition.before, condition.after) == ("(empty)", "none")
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -399,7 +431,7 @@ def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = str(tmp_path / "before"), str(tmp_path / "after")
     assert main(["diff", before, after, "--format", "mail", "--tester", "A B <a@b.invalid>"]) == 1
     out, err = capsys.readouterr()
-    assert out.startswith("2 pairs of records: 1 the same, 1 different\n")
+    assert out.startswith("IA32_SPEC_CTRL (MSR 0x48): 2 pairs of records: 1 the same, 1 different\n")
     assert "SHA-256" in out
     assert out.endswith("\nTested-by: A B <a@b.invalid>\n")
     assert err.count("left out: ") == 2

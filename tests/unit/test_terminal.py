@@ -53,7 +53,12 @@ def test_colour_is_where_it_helps() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["1 change", "5 changes; 6 things around it differ", "a, record of KVM: 2 changes; 3 things", "1 pair: 1 different"],
+    [
+        "1 change",
+        "5 changes; 6 things around it differ",
+        "a, KVM: 2 changes; 3 things",
+        "1 pair: 1 different",
+    ],
 )
 def test_a_headline_of_changes_is_red_whatever_stands_beside_it(line: str) -> None:
     assert re.search(r"\x1b\[1;31m[125] (changes?|different)\x1b\[0m", coloured(line))

@@ -22,7 +22,7 @@ import probe
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
-from probe.diff.moved import AnyRecord, Comparison, Moved, kind_of
+from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import compare
 from probe.masks import format_bits, parse_hex64
 from probe.models import machines
@@ -99,14 +99,9 @@ def _compared(found: Comparison, records: Sequence[tuple[str, AnyRecord, str]]) 
         "machines": any(condition.what in ("machine", "called") for condition in found.conditions),
         "conditions": found.conditions,
         "alike": ", ".join(found.alike),
-        "moved": [(moved, _moved_bits(moved)) for moved in found.moved],
+        "moved": [(moved, moved.numbers) for moved in found.moved],
         "only": [("before", found.only_before), ("after", found.only_after)],
     }
-
-
-def _moved_bits(moved: Moved) -> str:
-    beside = any(name in moved.what for name in ("IA32_PRED_CMD", "VIRT_SPEC_CTRL"))
-    return "" if not moved.bits else format_bits(moved.bits) if beside else SPEC_CTRL.brief(moved.bits)
 
 
 def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Report) -> dict[str, Any]:
