@@ -22,16 +22,21 @@ from probe.outcome import Outcome
 from probe.verdict import KINDS
 
 _VERDICTS = ("unexpected_fault", "unexpected_accept", "not_retained")
+_DIFFER = "cpus_differ"
 _NOT_TRIED = "not tried"
+_WRITE = "write"
 
 
 def compare(before: rec.Record, after: rec.Record) -> Comparison:
     """Compare two runs; CPUs that one of them alone has are said."""
     causes = _Causes()
+    wrote: list[tuple[tuple[int, int], int]] = []
     seen = [_spans(record.observations) for record in (before, after)]
     for span, one, other in _both(*seen):
         for what, word, its, mask in _observations_moved(one, other):
             causes.add(what, word, its, mask, span)
+            if what == _WRITE:
+                wrote.append((span, mask))
     for model in dict.fromkeys(entry.model for entry in (*before.predictions, *after.predictions)):
         said = [[entry for entry in record.predictions if entry.model == model] for record in (before, after)]
         if not said[0] or not said[1]:
@@ -44,7 +49,7 @@ def compare(before: rec.Record, after: rec.Record) -> Comparison:
         if one.state != other.state:
             causes.add("put back", one.state, other.state, 0, span)
     moved = causes.moved()
-    moved += [one for one in _findings_moved(before, after) if not _follows(one, moved)]
+    moved += _findings_moved(before, after, wrote)
     moved += _rules_moved(before, after)
     differing, alike = conditions(before, after)
     only = [_without(seen[at], seen[1 - at]) for at in (0, 1)]
@@ -128,26 +133,63 @@ class _Causes:
 
 def _observations_moved(one: rec.ObservationEntry, other: rec.ObservationEntry) -> Iterator[tuple[str, str, str, int]]:
     """Yield (what, before, after, bits) of everything that two observations have."""
+    wrote = 0
     for word, its, mask in _outcomes_moved(one.outcomes, other.outcomes):
-        yield "write", word, its, mask
+        wrote |= mask
+        yield _WRITE, word, its, mask
     cleared = [entry.cleared if not isinstance(entry.cleared, UnsetType) else rec.Masks() for entry in (one, other)]
     for word, its, mask in _outcomes_moved(cleared[0], cleared[1]):
         yield "clearing it", word, its, mask
     together = [
         "not tried" if isinstance(entry.combined, UnsetType) else _together(entry.combined) for entry in (one, other)
     ]
-    if together[0] != together[1]:
+    if together[0] != together[1] and not _together_follows(one, other, wrote):
         yield "all accepted bits together", together[0], together[1], 0
     pairs = [
         f"{len(entry.bad_pairs)} of {entry.pairs_tried} bad: {' '.join(entry.bad_pairs)}" for entry in (one, other)
     ]
-    if pairs[0] != pairs[1]:
+    if pairs[0] != pairs[1] and not (wrote and _pairs_follow(one, other)):
         yield "pairs", pairs[0].rstrip(": "), pairs[1].rstrip(": "), 0
     told = [format_bits(parse_hex64(entry.inconsistent)) for entry in (one, other)]
     if told[0] != told[1]:
         yield "bits that answered now so, now otherwise", told[0], told[1], 0
     if one.absent_because != other.absent_because:
         yield "absent", one.absent_because or "no", other.absent_because or "no", 0
+
+
+def _together_follows(one: rec.ObservationEntry, other: rec.ObservationEntry, wrote: int) -> bool:
+    """Tell whether all accepted bits together did what the bits did alone, and differ in bits that moved."""
+    values = []
+    outcomes = set()
+    for entry in (one, other):
+        combined = entry.combined
+        if isinstance(combined, UnsetType):
+            if _accepted(entry):
+                return False
+            values.append((0, 0))
+            continue
+        unsteady = combined.outcome == Outcome.UNSTABLE.value
+        if not unsteady and combined.got != combined.expected:
+            return False
+        outcomes.add(unsteady)
+        values.append((parse_hex64(combined.value), parse_hex64(combined.expected)))
+    differ = values[0][0] ^ values[1][0] | values[0][1] ^ values[1][1]
+    return len(outcomes) == 1 and bool(wrote) and not differ & ~wrote
+
+
+def _pairs_follow(one: rec.ObservationEntry, other: rec.ObservationEntry) -> bool:
+    """Tell whether every pair of accepted bits was tried both times, and no bad one came or went but with its bits."""
+    accepted = [_accepted(entry) for entry in (one, other)]
+    for entry, mask in zip((one, other), accepted):
+        count = bin(mask).count("1")
+        if entry.pairs_tried != count * (count - 1) // 2:
+            return False
+    bad = [{parse_hex64(pair) for pair in entry.bad_pairs} for entry in (one, other)]
+    return bad[1] == {pair for pair in bad[0] if not pair & ~accepted[1]}
+
+
+def _accepted(entry: rec.ObservationEntry) -> int:
+    return rec.observation_of(entry.outcomes).accepted
 
 
 def _together(entry: rec.CombinedEntry) -> str:
@@ -180,30 +222,63 @@ def _pairs(one: dict[str, int], other: dict[str, int]) -> Iterator[tuple[str, st
                 yield word, its, mine & theirs
 
 
-def _findings_moved(before: rec.Record, after: rec.Record) -> list[Moved]:
-    """Findings that came and went; the same one on other CPUs is another."""
+def _findings_moved(
+    before: rec.Record, after: rec.Record, wrote: Sequence[tuple[tuple[int, int], int]]
+) -> Iterator[Moved]:
+    """Yield findings that came and went, but for what became of writes that moved: of those wrote has CPUs and bits.
 
-    def keys(record: rec.Record) -> dict[tuple[str, str, str], rec.FindingEntry]:
-        return {(entry.kind, entry.mask, entry.cpus): entry for entry in record.findings}
+    How CPUs differ from each other follows from whatever moved on any of them.
+    """
+    anywhere = functools.reduce(operator.or_, (bits for _, bits in wrote), 0)
+    for kind in (*KINDS, *sorted({entry.kind for entry in (*before.findings, *after.findings)} - set(KINDS))):
+        found = [[entry for entry in record.findings if entry.kind == kind] for record in (before, after)]
+        if not (found[0] or found[1]):
+            continue
+        if kind not in (*_VERDICTS, _DIFFER):
+            yield from _whole_findings_moved(kind, found[0], found[1])
+            continue
+        causes = _Causes()
+        sides = [[(span, parse_hex64(entry.mask)) for span, entry in _spans(entries)] for entries in found]
+        for span, mine, theirs, moved in _pieces(*sides, wrote):
+            follows = anywhere if kind == _DIFFER else moved
+            if theirs & ~mine & ~follows:
+                causes.add(f"finding {kind}", "none", "new", theirs & ~mine & ~follows, span)
+            if mine & ~theirs & ~follows:
+                causes.add(f"finding {kind}", "there", "gone", mine & ~theirs & ~follows, span)
+        for one in causes.moved():
+            anywhere |= one.bits
+            yield one
 
-    one, other = keys(before), keys(after)
-    moved = []
-    for key in sorted({*one, *other}, key=lambda key: (KINDS.index(key[0]) if key[0] in KINDS else 99, key)):
-        if (key in one) != (key in other):
-            kind, mask, cpus = key
-            word = ("there", "gone") if key in one else ("none", "new")
-            count = sum(high - low + 1 for low, high in _ranges(cpus))
-            moved.append(Moved(f"finding {kind}", *word, parse_hex64(mask), told_cpus(cpus), count))
-    return moved
+
+def _whole_findings_moved(
+    kind: str, before: Sequence[rec.FindingEntry], after: Sequence[rec.FindingEntry]
+) -> Iterator[Moved]:
+    """Yield findings of a kind that came and went as a whole; the same one on other CPUs is another."""
+    one, other = ({(entry.mask, entry.cpus) for entry in entries} for entries in (before, after))
+    for mask, cpus in sorted(one ^ other):
+        word = ("there", "gone") if (mask, cpus) in one else ("none", "new")
+        count = sum(high - low + 1 for low, high in _ranges(cpus))
+        yield Moved(f"finding {kind}", *word, parse_hex64(mask), told_cpus(cpus), count)
 
 
-def _follows(finding: Moved, moved: Sequence[Moved]) -> bool:
-    """Tell whether a finding is what became of writes that moved, and needs no line of its own."""
-    if finding.what.removeprefix("finding ") not in _VERDICTS:
-        return False
-    return any(
-        one.what == "write" and one.bits & finding.bits == finding.bits and one.where == finding.where for one in moved
-    )
+def _pieces(*sides: Sequence[tuple[tuple[int, int], int]]) -> Iterator[tuple[tuple[int, int], int, int, int]]:
+    """Cut ranges of CPUs with masks, of three sides, where any of them begins or ends; yield each with what all say."""
+    edges: dict[int, list[tuple[int, int, int]]] = {}
+    for side, spans in enumerate(sides):
+        for (low, high), mask in spans:
+            edges.setdefault(low, []).append((side, mask, 1))
+            edges.setdefault(high + 1, []).append((side, mask, -1))
+    active: list[dict[int, int]] = [{}, {}, {}]
+    start = 0
+    for edge in sorted(edges):
+        said = [functools.reduce(operator.or_, masks, 0) for masks in active]
+        if any(said):
+            yield (start, edge - 1), said[0], said[1], said[2]
+        for side, mask, step in edges[edge]:
+            left = active[side].pop(mask, 0) + step
+            if left:
+                active[side][mask] = left
+        start = edge
 
 
 def _rules_moved(before: rec.Record, after: rec.Record) -> list[Moved]:

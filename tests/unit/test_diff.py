@@ -14,7 +14,7 @@ from typing import Any, Union
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from probe import kvm_record
 from probe import record as rec
@@ -390,6 +390,71 @@ def test_what_is_empty_is_not_called_none() -> None:
     one.kernel.lockdown, other.kernel.lockdown = "", "none"
     (condition,) = compare(one, other).conditions
     assert (condition.before, condition.after) == ("(empty)", "none")
+
+
+def healthy() -> rec.Record:
+    """The machine of RUNS["one-cpu-differs"], with CPU 5 as the others."""
+    record = RUNS["one-cpu-differs"]()
+    record.observations = [copy.deepcopy(record.observations[0])]
+    record.observations[0].cpus = "0-7"
+    record.findings = []
+    return record
+
+
+def causes(before: rec.Record, after: rec.Record) -> set[tuple[str, str, str, int, str]]:
+    return {(one.what, one.before, one.after, one.bits, one.where) for one in compare(before, after).moved}
+
+
+def test_a_bit_that_one_cpu_refuses_is_one_line() -> None:
+    """Together, that CPUs differ, and that the write is not as predicted follow from it."""
+    sick = RUNS["one-cpu-differs"]()
+    assert causes(healthy(), sick) == {("write", "retained", "fault", 0x2, "CPU 5")}
+    assert causes(sick, healthy()) == {("write", "fault", "retained", 0x2, "CPU 5")}
+    worse = copy.deepcopy(sick)
+    worse.observations[1].outcomes.retained = hex64(0)
+    worse.observations[1].outcomes.fault = hex64(ALL_BITS)
+    worse.observations[1].combined = UNSET
+    for finding in worse.findings:
+        finding.mask = hex64(0x6)
+    assert causes(sick, worse) == {("write", "retained", "fault", 0x4, "CPU 5")}
+    worse.findings.append(rec.FindingEntry(kind="unexpected_fault", cpus="0-6", mask=hex64(0x8), text="new"))
+    assert ("finding unexpected_fault", "none", "new", 0x8, "CPUs 0-6") in causes(sick, worse)
+
+
+def test_cpus_that_one_run_alone_has_differ_in_one_line() -> None:
+    few = healthy()
+    few.observations[0].cpus = "0-1"
+    assert causes(few, RUNS["one-cpu-differs"]()) == {("finding unexpected_fault", "none", "new", 0x2, "CPU 5")}
+
+
+def test_pairs_that_follow_from_their_bits_are_not_told() -> None:
+    metal, guest = (
+        rec.decode(Path(f"results/modelled-threadripper-3970x/{name}.json").read_bytes(), name)
+        for name in ("metal", "kvm-5.6-guest")
+    )
+    assert causes(metal, guest) == {("write", "retained", "fault", 0x2, "CPUs 0-1")}
+    guest.observations[0].pairs_tried = 7
+    assert "pairs" in {one[0] for one in causes(metal, guest)}
+
+
+def test_what_does_not_follow_from_a_bit_is_told() -> None:
+    """A combination that is refused, a pair, CPUs that differ in another bit."""
+    sick = RUNS["one-cpu-differs"]()
+    combined = sick.observations[1].combined
+    assert not isinstance(combined, UnsetType)
+    combined.outcome, combined.got = "altered", hex64(0)
+    assert "all accepted bits together" in {one[0] for one in causes(healthy(), sick)}
+    sick = RUNS["one-cpu-differs"]()
+    combined = sick.observations[1].combined
+    assert not isinstance(combined, UnsetType)
+    combined.value = combined.got = combined.expected = hex64(0x14)
+    assert "all accepted bits together" in {one[0] for one in causes(healthy(), sick)}
+    sick = RUNS["one-cpu-differs"]()
+    sick.findings[-1].mask = hex64(0x8)
+    assert ("finding cpus_differ", "none", "new", 0x8, "CPU 5") in causes(healthy(), sick)
+    paired = healthy()
+    paired.observations[0].pairs_tried, paired.observations[0].bad_pairs = 1, [hex64(0x6)]
+    assert "pairs" in {one[0] for one in causes(healthy(), paired)}
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
