@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import UnsetType
@@ -17,12 +18,22 @@ from probe.errors import UsageError
 
 @dataclass(frozen=True)
 class Pair:
-    """Two records of two sets that are of one machine and question; name says which."""
+    """Two records of two sets that are of one machine and question.
 
-    name: str
+    machine is what it is called, by its record or by the names of the files, or else its CPU; policy the one over KVM.
+    """
+
+    machine: str
+    policy: str
+    kind: str
     before: str
     after: str
     comparison: Comparison
+
+    @property
+    def name(self) -> str:
+        """Which machine, and which question."""
+        return f"{self.machine}{f', policy {self.policy}' if self.policy else ''}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,22 @@ def compare(before: AnyRecord, after: AnyRecord) -> Comparison:
     raise UsageError(f"a {kind_of(before)} and a {kind_of(after)} have nothing to compare", "two records of one kind")
 
 
-@dataclass
-class _Side:
-    """The records of one set under one key, in the order of their names."""
+_Item = tuple[str, AnyRecord]  # a file's name below the folder, and its record
 
-    records: list[tuple[str, AnyRecord]] = field(default_factory=list)
+
+@dataclass
+class _Group:
+    """The records of one question that may be counterparts, of both sets, in the order of their names."""
+
+    before: list[_Item] = field(default_factory=list)
+    after: list[_Item] = field(default_factory=list)
+
+    def take(self, pairs: Iterable[tuple[_Item, _Item]]) -> list[tuple[_Item, _Item]]:
+        """Take pairs out of what is left, and return them."""
+        found = list(pairs)
+        for left, taken in ((self.before, {one[0] for one, _ in found}), (self.after, {one[0] for _, one in found})):
+            left[:] = [item for item in left if item[0] not in taken]
+        return found
 
 
 def _question(record: AnyRecord) -> tuple[Hashable, ...]:
@@ -80,57 +102,134 @@ def _question(record: AnyRecord) -> tuple[Hashable, ...]:
     return (*key, record.study)
 
 
-def compare_sets(before: Sequence[tuple[str, AnyRecord]], after: Sequence[tuple[str, AnyRecord]]) -> Sets:
+def compare_sets(before: Sequence[_Item], after: Sequence[_Item]) -> Sets:
     """Compare two sets of (name, record): those of one machine and question are counterparts.
 
-    Of several, those of the same file name are, then those of the same kernel, then the newest of each side; what is
-    left over has no counterpart.
+    Names tell machines: of a lab's store HOST-<16 hexadecimal digits>.json, of what an engine left HOST/... or
+    HOST.json. Of several records those of one name are counterparts, then those of one kernel, then the newest of each
+    side; the last two only where the names do not speak against its being one machine. What is left has no counterpart.
     """
-    sides: dict[tuple[Hashable, ...], tuple[_Side, _Side]] = {}
+    groups: dict[tuple[Hashable, ...], _Group] = {}
     for number, records in enumerate((before, after)):
         for name, record in records:
-            sides.setdefault(_question(record), (_Side(), _Side()))[number].records.append((name, record))
+            group = groups.setdefault(_question(record), _Group())
+            (group.after if number else group.before).append((name, record))
+    folders = [{_folder(name) for name, _ in records} for records in (before, after)]
+    telling = bool((folders[0] & folders[1]) - {""})
     pairs: list[Pair] = []
-    left: tuple[list[str], list[str]] = ([], [])
-    for one, other in sides.values():
-        for same in (_by_name, _by_kernel, None):
-            for mine, theirs in _matched(one.records, other.records, same):
-                one.records.remove(mine)
-                other.records.remove(theirs)
-                pairs.append(Pair(_named(mine[1]), mine[0], theirs[0], compare(mine[1], theirs[1])))
-        left[0].extend(name for name, _ in one.records)
-        left[1].extend(name for name, _ in other.records)
-    return Sets(tuple(sorted(pairs, key=lambda pair: pair.before)), tuple(sorted(left[0])), tuple(sorted(left[1])))
+    for group in groups.values():
+        several = max(len(group.before), len(group.after)) > 1
+        for mine, theirs in _counterparts(group, telling=telling):
+            host = machine_of(mine[0])
+            known = host == machine_of(theirs[0]) and (several or _is_stored(mine[0]))
+            pairs.append(_pair(mine, theirs, host if known else ""))
+    left = [sorted(name for group in groups.values() for name, _ in side(group)) for side in (_before, _after)]
+    return Sets(tuple(sorted(pairs, key=lambda pair: pair.before)), tuple(left[0]), tuple(left[1]))
 
 
-def _by_name(item: tuple[str, AnyRecord]) -> Hashable:
+def _before(group: _Group) -> list[_Item]:
+    return group.before
+
+
+def _after(group: _Group) -> list[_Item]:
+    return group.after
+
+
+_STORED = re.compile(r"(?P<host>.+)-[0-9a-f]{16}\.json\Z")  # kernel_harness.lab.nights
+_TIMED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{6}Z-")  # probe.store
+_OF_STORE = re.compile(r"records\Z|[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")
+
+
+def machine_of(name: str) -> str:
+    """Return what a file's name, below the folder, calls its machine: as a store does, or an engine."""
+    stored = _STORED.fullmatch(name.rpartition("/")[2])
+    return stored["host"] if stored else _folder(name) or name.rpartition("/")[2].removesuffix(".json")
+
+
+def _is_stored(name: str) -> bool:
+    return bool(_STORED.fullmatch(name.rpartition("/")[2]))
+
+
+def _folder(name: str) -> str:
+    """Return the first folder of a name that is not of a store's making; "" if there is none."""
+    return next((part for part in name.split("/")[:-1] if part and not _OF_STORE.match(part)), "")
+
+
+def _counterparts(group: _Group, *, telling: bool) -> list[tuple[_Item, _Item]]:
+    """Pair what is of one machine, and take it out of the group; telling: folders are called by machines."""
+    hosts: dict[str, _Group] = {}
+    for number, items in enumerate((group.before, group.after)):
+        for item in items:
+            one = hosts.setdefault(machine_of(item[0]), _Group())
+            (one.after if number else one.before).append(item)
+    found: list[tuple[_Item, _Item]] = []
+    for one in hosts.values():
+        if one.before and one.after:
+            found += group.take(_of_one_machine(one))
+    called = any(record.identity for _, record in group.before + group.after)
+    if called or not found:
+        rest = _Group(group.before[:], group.after[:])
+        apart = any(_is_stored(name) or (telling and _folder(name)) for name, _ in rest.before) and any(
+            _is_stored(name) or (telling and _folder(name)) for name, _ in rest.after
+        )
+        if called or (not apart and _may_be_one(rest.before) and _may_be_one(rest.after)):
+            found += group.take(_by_kernel_then_newest(rest))
+    return found
+
+
+def _of_one_machine(group: _Group) -> list[tuple[_Item, _Item]]:
+    """Pair records of one name; the rest, too, if they can be of one machine."""
+    found = group.take(_matched(group.before, group.after, _by_name))
+    both = group.before + group.after
+    if all(_is_stored(name) for name, _ in both) or (
+        not found and _may_be_one(group.before) and _may_be_one(group.after)
+    ):
+        found += _by_kernel_then_newest(group)
+    return found
+
+
+def _by_kernel_then_newest(group: _Group) -> list[tuple[_Item, _Item]]:
+    found = group.take(_matched(group.before, group.after, _by_kernel))
+    if group.before and group.after:
+        newest = [max(items, key=lambda item: item[1].started) for items in (group.before, group.after)]
+        found += group.take([(newest[0], newest[1])])
+    return found
+
+
+def _may_be_one(items: Sequence[_Item]) -> bool:
+    """Tell whether records can be of one machine: of its kernels one each, or called by the time, as the probe does."""
+    kernels = {record.kernel.release for _, record in items}
+    return len(kernels) == len(items) or all(_TIMED.match(name.rpartition("/")[2]) for name, _ in items)
+
+
+def _by_name(item: _Item) -> Hashable:
     return item[0]
 
 
-def _by_kernel(item: tuple[str, AnyRecord]) -> Hashable:
+def _by_kernel(item: _Item) -> Hashable:
     return item[1].kernel.release
 
 
 def _matched(
-    one: Sequence[tuple[str, AnyRecord]],
-    other: Sequence[tuple[str, AnyRecord]],
-    key: Callable[[tuple[str, AnyRecord]], Hashable] | None,
-) -> list[tuple[tuple[str, AnyRecord], tuple[str, AnyRecord]]]:
-    """Pair what has the same key and is alone with it on both sides; without a key, the newest of each side."""
-    if key is None:
-        newest = [max(items, key=lambda item: item[1].started) for items in (one, other) if items]
-        return [(newest[0], newest[1])] if len(newest) == 2 else []
-    pairs = []
-    for mine in one:
-        alike = [item for item in other if key(item) == key(mine)]
-        if len(alike) == 1 and sum(key(item) == key(mine) for item in one) == 1:
-            pairs.append((mine, alike[0]))
-    return pairs
+    one: Sequence[_Item], other: Sequence[_Item], key: Callable[[_Item], Hashable]
+) -> list[tuple[_Item, _Item]]:
+    """Pair what has the same key and is alone with it on both sides."""
+    sides: list[dict[Hashable, list[_Item]]] = [{}, {}]
+    for found, items in zip(sides, (one, other)):
+        for item in items:
+            found.setdefault(key(item), []).append(item)
+    return [
+        (mine[0], sides[1][name][0])
+        for name, mine in sides[0].items()
+        if len(mine) == 1 and len(sides[1].get(name, ())) == 1
+    ]
 
 
-def _named(record: AnyRecord) -> str:
+def _pair(mine: _Item, theirs: _Item, host: str) -> Pair:
+    record = mine[1]
     machine = record.machine
-    name = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
+    cpu = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
+    policy = ""
     if isinstance(record, kvm_record.KvmRecord) and not isinstance(record.policy, UnsetType):
-        name += f", policy {record.policy.name}"
-    return f"{record.identity or name}, {kind_of(record)}"
+        policy = record.policy.name
+    return Pair(record.identity or host or cpu, policy, kind_of(record), mine[0], theirs[0], compare(record, theirs[1]))

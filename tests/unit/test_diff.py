@@ -487,6 +487,51 @@ def test_of_several_those_of_one_kernel_are_counterparts_then_the_newest() -> No
     assert [(pair.before, pair.after) for pair in found.pairs] == [("x", "c")]
 
 
+def test_nights_of_a_store_are_paired_by_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names carry a hash, records no name: lab15 is not lab13, and what lab8 did is told."""
+    nights = [Path("results/lab-two-nights") / date for date in ("2026-11-27", "2026-11-28")]
+    for folders in (nights, [night / "records" for night in nights]):
+        assert main(["diff", *map(str, folders)]) == 1
+        out = capsys.readouterr().out
+        assert out.startswith("13 pairs of records: 12 the same, 1 different\n")
+        assert "\nlab8, record of a run: 1 change\n" in out
+        assert "write: bits 1-2 (STIBP, SSBD): fault -> retained\n" in out
+        assert "without a counterpart" not in out
+
+
+def test_a_machine_of_a_store_has_no_other_machine_as_counterpart() -> None:
+    def kept(*hosts: str) -> list[tuple[str, rec.Record]]:
+        return [(f"records/{host}-{number:016x}.json", as_predicted()) for number, host in enumerate(hosts)]
+
+    found = compare_sets(kept("lab1", "lab13"), kept("lab15", "lab1")[::-1])
+    assert [pair.name for pair in found.pairs] == ["lab1, record of a run"]
+    assert (len(found.only_before), len(found.only_after)) == (1, 1)
+    found = compare_sets(kept("lab13"), kept("lab15"))
+    assert not found.pairs, "each alone"
+    twice = kept("lab1", "lab1")
+    twice[1][1].started = "2030-01-01T00:00:00Z"
+    (pair,) = compare_sets(twice, [(f"lab1-{7:016x}.json", as_predicted())]).pairs
+    assert pair.before == twice[1][0], "the newest of one machine"
+
+
+@pytest.mark.parametrize("form", ["{}.json", "{}/record.json", "{}/run/2026-11-28T0826{:02}Z-6.1.json"])
+def test_what_an_engine_left_is_paired_by_machine(form: str) -> None:
+    def left(*hosts: str, second: int = 0) -> list[tuple[str, rec.Record]]:
+        return [(form.format(host, second), as_predicted()) for host in hosts]
+
+    found = compare_sets(left("lab1", "lab2", "lab3"), left("lab2", "lab3", "lab4", second=7))
+    assert [pair.machine for pair in found.pairs] == ["lab2", "lab3"]
+    assert found.only_before == (form.format("lab1", 0),)
+    assert found.only_after == (form.format("lab4", 7),)
+
+
+def test_folders_that_are_not_machines_do_not_part_records() -> None:
+    for one, other in (("base/kvm.json", "tip/kvm.json"), ("kvm.json", "tip/x.json")):
+        assert len(compare_sets([(one, kvm(OLD))], [(other, kvm(NEW))]).pairs) == 1
+    two = [("a.json", kvm(OLD)), ("b.json", kvm(OLD))]
+    assert not compare_sets(two, [("c.json", kvm(OLD))]).pairs, "of one kernel: perhaps two machines"
+
+
 def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder, path in (("before", OLD), ("after", NEW)):
         (tmp_path / folder / "sub").mkdir(parents=True)
