@@ -28,7 +28,7 @@ from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import Sets, compare_sets
 from probe.errors import RecordError
 from probe.masks import parse_list, told_bits
-from probe.report import diff_text
+from probe.report import diff_sets_text, diff_text
 from probe.report.layout import clean, fields, joined, paragraph
 from probe.report.layout import field as labelled
 from probe.report.mail import commit_of, not_hardware, place
@@ -477,7 +477,7 @@ def _compared(before: Sequence[File], after: Sequence[File], kernels: _Kernels) 
     lines = [*fields("findings", new), *fields("both have", old), *fields("note", doubts), ""]
     differing = [pair.comparison for pair in sets.pairs if not pair.comparison.same]
     of_pairs = [(_text_file(files[0][pair.before]), _text_file(files[1][pair.after])) for pair in sets.pairs]
-    lines += diff_text.render_sets(sets, kernels.base, kernels.release, of_pairs).splitlines()
+    lines += diff_sets_text.render(sets, kernels.base, kernels.release, of_pairs).splitlines()
     for pair in sets.pairs:
         if pair.comparison.same:
             lines += ["", *paragraph(f"{pair.name}: nothing moved")]

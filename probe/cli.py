@@ -1003,8 +1003,8 @@ def _check_tester(arguments: argparse.Namespace) -> None:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from probe.diff.sets import compare, compare_sets
-    from probe.report import diff_text
-    from probe.report.mail import place, signed
+    from probe.report import diff_sets_text, diff_text
+    from probe.report.mail import place, policy_of, signed
 
     _check_tester(arguments)
     mail = arguments.format == "mail"
@@ -1016,14 +1016,15 @@ def _diff(arguments: argparse.Namespace) -> int:
             if not side:
                 raise RecordError(f"there is no record in {path.name}", "give folders that hold records")
         found = compare_sets(*([(name, record) for name, record, _ in side] for side in sides))
+        several = "POLICY" if len({policy_of(record) for side in sides for _, record, _ in side}) > 1 else ""
         files = [
-            {name: diff_text.File(name, sha256, tuple(place(record))) for name, record, sha256 in side}
+            {name: diff_text.File(name, sha256, tuple(place(record, several))) for name, record, sha256 in side}
             for side in sides
         ]
         hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
         if not found.pairs:
             ending = ""  # nothing was compared
-        told = diff_text.render_sets(found, arguments.before, arguments.after, hashes if mail else ())
+        told = diff_sets_text.render(found, arguments.before, arguments.after, hashes if mail else ())
         (sys.stdout.write if mail else _show_report)(told + ending)
         return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
     (before, one), (after, other) = (_record_and_hash(str(path)) for path in paths)

@@ -184,7 +184,8 @@ def _models_moved(before: kvm_record.KvmRecord, after: kvm_record.KvmRecord) -> 
         told = [_explained(record) for record in (before, after)]
         left = [model for model in before.explained_by if model not in after.explained_by and model in fits[1]]
         right = "; ".join(
-            f"{model} is right in {fits[1][model][0]} of {fits[1][model][1]} cases now" for model in left[:3]
+            f"{_called(before, model)} is right in {fits[1][model][0]} of {fits[1][model][1]} cases now"
+            for model in left[:3]
         )
         moved.append(Moved("explained by", told[0], told[1], 0, right))
     explaining = {*before.explained_by, *after.explained_by}
@@ -205,8 +206,14 @@ def _models_moved(before: kvm_record.KvmRecord, after: kvm_record.KvmRecord) -> 
     return moved
 
 
+def _called(record: kvm_record.KvmRecord, model: str) -> str:
+    """Call the model of a record's own policy so, that policies of which the same is true are told together."""
+    own = "" if isinstance(record.policy, UnsetType) else f"{record.policy.name} over "
+    return f"its policy over {model[len(own) :]}" if own and model.startswith(own) else model
+
+
 def _explained(record: kvm_record.KvmRecord) -> str:
-    names = ", ".join(record.explained_by) or "no model"
+    names = ", ".join(_called(record, model) for model in record.explained_by) or "no model"
     return f"{names} (of its version: {record.follows})" if record.follows and len(record.explained_by) > 1 else names
 
 

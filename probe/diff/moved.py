@@ -60,7 +60,8 @@ class Comparison:
     """Two records of one kind.
 
     conditions say whether the comparison is fair; alike names what was looked at and is the same. only_before and
-    only_after are the CPUs or profiles that one record alone has.
+    only_after are the CPUs or profiles that one record alone has, everywhere the CPUs that both have, as Moved.where
+    would have them.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Comparison:
     moved: tuple[Moved, ...]
     only_before: str = ""
     only_after: str = ""
+    everywhere: str = ""
 
     @property
     def same(self) -> bool:

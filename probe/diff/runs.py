@@ -53,7 +53,8 @@ def compare(before: rec.Record, after: rec.Record) -> Comparison:
     moved += _rules_moved(before, after)
     differing, alike = conditions(before, after)
     only = [_without(seen[at], seen[1 - at]) for at in (0, 1)]
-    return Comparison("run", differing, alike, tuple(moved), only[0], only[1])
+    everywhere = _cpus(span for span, _, _ in _both(*seen)) if seen[0] and seen[1] else ""
+    return Comparison("run", differing, alike, tuple(moved), only[0], only[1], everywhere)
 
 
 # --- ranges of CPUs --------------------------------------------------------------------------------------------------

@@ -49,8 +49,11 @@ def commit_of(release: str) -> str:
     return "" if not found else found[1] + (", and changes that are not in it" if found[2] else "")
 
 
-def place(record: AnyRecord) -> list[str]:
-    """Say on what was tested: kernel, commit, machine, whether in a guest, and by which command."""
+def place(record: AnyRecord, policy: str = "") -> list[str]:
+    """Say on what was tested: kernel, commit, machine, whether in a guest, and by which command.
+
+    policy stands for the name of the record's own in the command, where records of several are told of together.
+    """
     machine, kernel = record.machine, record.kernel
     lines = field("kernel", kernel.release)
     commit = commit_of(kernel.release)
@@ -80,8 +83,17 @@ def place(record: AnyRecord) -> list[str]:
     else:
         lines += _kvm_place(record)
     if record.tool.arguments:
-        lines += field("command", f"{record.tool.name} {shlex.join(record.tool.arguments)}")
+        own = policy and policy_of(record)
+        words = [policy if own and word == own else word for word in record.tool.arguments]
+        lines += field("command", f"{record.tool.name} {shlex.join(words)}")
     return lines
+
+
+def policy_of(record: AnyRecord) -> str:
+    """Return the policy under which a record was made, or ""."""
+    if not isinstance(record, kvm_record.KvmRecord) or isinstance(record.policy, UnsetType):
+        return ""
+    return record.policy.name
 
 
 def not_hardware(record: AnyRecord) -> list[str]:

@@ -25,7 +25,7 @@ from probe.errors import RecordError, UsageError
 from probe.masks import ALL_BITS, hex64, told_bits
 from probe.models.profile import FEATURES, NAMED, Profile, parse_profile
 from probe.profile_sets import ALL, Universe
-from probe.report import diff_text, mail
+from probe.report import diff_sets_text, diff_text, mail
 from probe.store import decode_any
 from tests.unit.test_report import GOLDEN as RUNS
 from tests.unit.test_report import as_predicted, july_2020_guest, july_2020_metal
@@ -376,7 +376,7 @@ def test_one_bit_and_one_cpu_are_in_the_singular() -> None:
     assert Moved("guest write of IA32_PRED_CMD", "accepted", "#GP", 1).told.endswith("bit 0: accepted -> #GP")
     assert [told_bits(mask) for mask in (0, 4, 6)] == ["no bits", "bit 2", "bits 1-2"]
     pair = compare_sets([("a", one)], [("a", other)])
-    assert diff_text.render_sets(pair, "x", "y").startswith("1 pair of records: 0 the same, 1 different\n")
+    assert diff_sets_text.render(pair, "x", "y").startswith("1 pair of records: 0 the same, 1 different\n")
 
 
 def test_a_mail_names_the_register_first() -> None:
@@ -530,6 +530,94 @@ def test_folders_that_are_not_machines_do_not_part_records() -> None:
         assert len(compare_sets([(one, kvm(OLD))], [(other, kvm(NEW))]).pairs) == 1
     two = [("a.json", kvm(OLD)), ("b.json", kvm(OLD))]
     assert not compare_sets(two, [("c.json", kvm(OLD))]).pairs, "of one kernel: perhaps two machines"
+
+
+POLICIES = NESTED / "policies"
+
+
+def lab(hosts: int, change: Callable[[int, rec.Record], None]) -> list[tuple[str, rec.Record]]:
+    """Machines of a store, each changed."""
+    found = []
+    for number in range(1, hosts + 1):
+        record = july_2020_guest()
+        change(number, record)
+        found.append((f"lab{number}-{number:016x}.json", record))
+    return found
+
+
+def test_machines_with_one_cause_are_told_together() -> None:
+    def mended(number: int, record: rec.Record) -> None:
+        record.observations = july_2020_metal().observations
+        record.findings = []
+        record.kernel.release = "6.1.0-new"
+        if number in (3, 5):
+            record.machine.microcode[0].revision = "0x99"
+
+    before, after = lab(40, lambda number, record: None), lab(40, mended)
+    found = compare_sets(before, after)
+    report = diff_sets_text.render(found, "x", "y")
+    assert "40 machines, record of a run each: 1 change; 2 things around it differ\nmachines   lab1-lab40\n" in report
+    assert report.count("write: bit 1 (STIBP): fault -> retained") == 1
+    assert report.count("kernel: 6.1") == 1
+    assert "\n  lab3, lab5: microcode: " in report
+    assert len(report.splitlines()) < 30
+    files = [
+        (diff_text.File(one, "a" * 64, tuple(mail.place(before[at][1]))), diff_text.File(one, "b" * 64))
+        for at, (one, _) in enumerate(before)
+    ]
+    letter = diff_sets_text.render(found, "x", "y", files)
+    assert letter.count("made on, before") == letter.count("command    ") == 1
+    assert letter.count("a" * 64) == letter.count("b" * 64) == 40
+    assert all(len(line) <= 75 for line in letter.splitlines())
+
+
+def test_machines_of_more_and_of_fewer_cpus_have_one_cause() -> None:
+    def larger(number: int, record: rec.Record) -> None:
+        record.observations[0].cpus = "0-7" if number == 1 else "0-1"
+
+    def mended(number: int, record: rec.Record) -> None:
+        record.observations = july_2020_metal().observations
+        larger(number, record)
+
+    report = diff_sets_text.render(compare_sets(lab(2, larger), lab(2, mended)), "x", "y")
+    assert "2 machines, record of a run each" in report
+    assert "write: bit 1 (STIBP): fault -> retained\n      on every CPU\n" in report
+
+
+def test_what_moved_otherwise_is_told_apart_and_its_surroundings_once() -> None:
+    def mended(number: int, record: rec.Record) -> None:
+        record.kernel.release = "6.1.0-new"
+        record.observations = july_2020_metal().observations
+        if number == 2:
+            record.restore[0].state = "left"
+
+    report = diff_sets_text.render(compare_sets(lab(3, lambda *_: None), lab(3, mended)), "x", "y")
+    assert "around all of them, not the same\n  kernel: " in report
+    assert report.count("kernel: 6.1") == 1
+    assert "2 machines, record of a run each" in report
+    assert "machines   lab1, lab3\n" in report
+    assert "\nlab2, record of a run: 2 changes\n" in report
+
+
+def test_policies_over_two_kernels_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, release in (("before", "6.1.0"), ("after", "7.2")):
+        (tmp_path / folder).mkdir()
+        for path in POLICIES.glob(f"*-kvm-{release}*.json"):
+            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    assert main(["diff", str(tmp_path / "before"), str(tmp_path / "after"), "--format", "mail"]) == 1
+    out = capsys.readouterr().out
+    assert "7 policies, record of KVM each: 4 changes; 7 things around it differ\n" in out
+    assert out.count("around all of them, not the same") == out.count("guest kernel sha256:\n") == 1
+    assert out.count("kvm policy POLICY") == 2
+    assert "its policy over kvm-6.1-svm -> its policy over kvm-6.19-svm" in out
+
+
+def test_names_in_a_row_are_folded() -> None:
+    assert diff_sets_text.folded(f"lab{number}" for number in range(1, 41)) == "lab1-lab40"
+    assert diff_sets_text.folded(["lab9", "lab10", "lab8", "lab2", "db"]) == "db, lab2, lab8-lab10"
+    assert diff_sets_text.folded(["a08", "a09", "a10", "a100"]) == "a08-a10, a100"
+    assert diff_sets_text.folded(["a1", "a2", "b"]) == "a1, a2, b"
+    assert diff_sets_text.folded((f"h{number}x" for number in range(0, 100, 2)), 3) == "h0x, h2x, h4x and 47 more"
 
 
 def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
