@@ -326,8 +326,9 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="say what moved between two records, or two folders of them",
         description="What moved per bit, profile, initiator and model, one cause a line; and what else differs "
         "(kernel, microcode, firmware, mitigations), by which the comparison can be judged. Of folders, records of one "
-        "machine, CPUID given and policy are paired: those of one name, else of one kernel, else the newest of each "
-        "side. Exit code 0: both saw the same; 1: they did not.",
+        "machine, CPUID given and policy are paired: those whose record or file name (HOST-HASH.json, HOST/..., "
+        "HOST.json) tells of one machine; where names tell none apart those of one kernel, else the newest of each "
+        "side. Exit code 0: both saw the same; 1: they did not; 3: a file cannot be read, and nothing else differs.",
     )
     diff.add_argument("before", metavar="A", help="a record, or a folder of records")
     diff.add_argument("after", metavar="B", help="another")

@@ -90,7 +90,7 @@ def _complain(who: str, error: ProbeError) -> None:
 
 
 def entry() -> None:
-    """Run as a program; a reader that has gone away (head, a closed terminal) is no error."""
+    """Run as a program; a reader that has gone away (head, a closed terminal) is no error, and changes no answer."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open until the end)
@@ -100,6 +100,7 @@ def entry() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is open is closed, a guest of ours ends
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)
+    code = int(ExitCode.AS_PREDICTED)
     try:
         try:
             code = main()
@@ -108,7 +109,6 @@ def entry() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = int(ExitCode.AS_PREDICTED)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _say(f"spec-ctrl-probe: cannot write standard output: {error.strerror}")
@@ -1002,40 +1002,57 @@ def _check_tester(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from probe.diff.sets import compare, compare_sets
-    from probe.report import diff_sets_text, diff_text
-    from probe.report.mail import place, policy_of, signed
-
     _check_tester(arguments)
-    mail = arguments.format == "mail"
-    ending = signed(arguments.tester) if mail else ""
     paths = [Path(arguments.before), Path(arguments.after)]
-    if any(path.is_dir() for path in paths):
-        sides = [_records_below(path) for path in paths]
-        for path, side in zip(paths, sides):
-            if not side:
-                raise RecordError(f"there is no record in {path.name}", "give folders that hold records")
-        found = compare_sets(*([(name, record) for name, record, _ in side] for side in sides))
-        several = "POLICY" if len({policy_of(record) for side in sides for _, record, _ in side}) > 1 else ""
-        files = [
-            {name: diff_text.File(name, sha256, tuple(place(record, several))) for name, record, sha256 in side}
-            for side in sides
-        ]
-        hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
-        if not found.pairs:
-            ending = ""  # nothing was compared
-        told = diff_sets_text.render(found, arguments.before, arguments.after, hashes if mail else ())
-        (sys.stdout.write if mail else _show_report)(told + ending)
-        return int(ExitCode.AS_PREDICTED if found.same else ExitCode.FINDINGS)
+    compared = _diff_folders if any(path.is_dir() for path in paths) else _diff_records
+    report, code = compared(arguments, paths)
+    with contextlib.suppress(BrokenPipeError):  # whether anything moved does not hang on who reads on
+        (sys.stdout.write if arguments.format == "mail" else _show_report)(report)
+    return int(code)
+
+
+def _diff_records(arguments: argparse.Namespace, paths: Sequence[Path]) -> tuple[str, ExitCode]:
+    """Compare two records; return the report and the exit code."""
+    from probe.diff.sets import compare
+    from probe.report import diff_text
+    from probe.report.mail import place, signed
+
     (before, one), (after, other) = (_record_and_hash(str(path)) for path in paths)
     comparison = compare(before, after)
     first = diff_text.File(str(paths[0].name or paths[0]), one, tuple(place(before)))
     second = diff_text.File(str(paths[1].name or paths[1]), other, tuple(place(after)))
-    if ending and one == other:
+    if arguments.tester and one == other:
         raise UsageError("both are the same file: nothing was tested", "give the records of before and after")
-    report = diff_text.render(comparison, first, second, hashes=mail) + ending
-    (sys.stdout.write if mail else _show_report)(report)
-    return int(ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS)
+    report = diff_text.render(comparison, first, second, hashes=arguments.format == "mail")
+    return report + signed(arguments.tester), ExitCode.AS_PREDICTED if comparison.same else ExitCode.FINDINGS
+
+
+def _diff_folders(arguments: argparse.Namespace, paths: Sequence[Path]) -> tuple[str, ExitCode]:
+    """Compare two folders, or a folder and a record; return the report and the exit code."""
+    from probe.diff.sets import compare_sets
+    from probe.report import diff_sets_text, diff_text
+    from probe.report.mail import place, policy_of, signed
+
+    read = [_records_below(path) for path in paths]
+    for path, (side, _) in zip(paths, read):
+        if not side:
+            raise RecordError(f"there is no record in {path.name}", "give folders that hold records")
+    sides = [side for side, _ in read]
+    left_out = (read[0][1], read[1][1])
+    found = compare_sets(*([(name, record) for name, record, _ in side] for side in sides))
+    several = "POLICY" if len({policy_of(record) for side in sides for _, record, _ in side}) > 1 else ""
+    files = [
+        {name: diff_text.File(name, sha256, tuple(place(record, several))) for name, record, sha256 in side}
+        for side in sides
+    ]
+    hashes = [(files[0][pair.before], files[1][pair.after]) for pair in found.pairs]
+    report = diff_sets_text.render(
+        found, arguments.before, arguments.after, hashes if arguments.format == "mail" else (), left_out
+    )
+    code = ExitCode.FINDINGS
+    if found.same:
+        code = ExitCode.FAILED if any(left_out) else ExitCode.AS_PREDICTED
+    return report + (signed(arguments.tester) if found.pairs else ""), code
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -1209,17 +1226,20 @@ def _record_and_hash(path: str) -> tuple[AnyRecord, str]:
     return store.decode_any(raw, name), hashlib.sha256(raw).hexdigest()
 
 
-def _records_below(folder: Path) -> list[tuple[str, AnyRecord, str]]:
-    """Read the records below a folder, or of one file: name, record, SHA-256; what is none is told and left out."""
+def _records_below(folder: Path) -> tuple[list[tuple[str, AnyRecord, str]], list[str]]:
+    """Read the records below a folder, or of one file: name, record, SHA-256; and say what of it is none, and why."""
     found = []
+    left_out = []
     for path in sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]:
+        name = str(path.relative_to(folder)) if folder.is_dir() else path.name
         try:
             record, sha256 = _record_and_hash(str(path))
         except RecordError as error:
             _say(f"left out: {error}")
+            left_out.append(error.message.replace(str(path), name))
             continue
-        found.append((str(path.relative_to(folder)) if folder.is_dir() else path.name, record, sha256))
-    return found
+        found.append((name, record, sha256))
+    return found, left_out
 
 
 def _models(arguments: argparse.Namespace) -> int:

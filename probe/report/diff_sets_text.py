@@ -17,20 +17,32 @@ _MOST_NAMES = 24
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
 
 
-def render(found: Sets, before: str, after: str, hashes: Sequence[tuple[File, File]] = ()) -> str:
+def render(
+    found: Sets,
+    before: str,
+    after: str,
+    hashes: Sequence[tuple[File, File]] = (),
+    left_out: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> str:
     """Return the report on two sets: what is alike in one line, what is not in full, pairs with one cause together.
 
-    hashes are those of the pairs, for a mail.
+    hashes are those of the pairs, for a mail; left_out says of each side which files could not be read, and why.
     """
     differing = sum(not pair.comparison.same for pair in found.pairs)
     title = f"{SPEC_CTRL.name} (MSR {SPEC_CTRL.index:#x}): " if hashes else ""
     pairs = f"{len(found.pairs)} pair{'s' if len(found.pairs) != 1 else ''} of records"
-    lines = paragraph(f"{title}{pairs}: {len(found.pairs) - differing} the same, {differing} different")
+    count = len(left_out[0]) + len(left_out[1])
+    left = f"; {count} file{'s' if count > 1 else ''} LEFT OUT" if count else ""
+    lines = paragraph(f"{title}{pairs}: {len(found.pairs) - differing} the same, {differing} different{left}")
     lines += ["", *field("before", before), *field("after", after)]
     for word, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
             lines += ["", f"only {word}, without a counterpart of the same machine, CPUID given and policy:"]
             lines += [f"  {name}" for name in names]
+    for word, told in (("before", left_out[0]), ("after", left_out[1])):
+        if told:
+            lines += ["", f"LEFT OUT {word}, not compared:"]
+            lines += [line for one in told for line in paragraph(one, "  ", "      ")]
     files = {one.name: (one, other) for one, other in hashes}
     found_causes = causes(found.pairs)
     moved = [pair for cause in found_causes for pair in cause.pairs]

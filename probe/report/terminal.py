@@ -14,7 +14,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"TWO DIFFERENT MACHINES|UNLIKE KVM_SET_MSRS"), "1;33"),
     (re.compile(r"^\*.*$"), "31"),  # a bit of which prediction and observation disagree
-    (re.compile(r"\b[0-9]+ findings?$|\b[0-9]+ changes?(?=;|$)|\b[1-9][0-9]* different$"), "1;31"),
+    (re.compile(r"\b[0-9]+ findings?$|\b[0-9]+ changes?(?=;|$)|\b[1-9][0-9]* different(?=;|$)"), "1;31"),
     (re.compile(r" as predicted$|(?<= )100 %(?= )|^nothing moved$|all [0-9]+ outcomes as the models say"), "32"),
     (re.compile(r"^(?:findings|moved|around (?:it|all of them), not the same)$"), "1"),
 )

@@ -392,6 +392,25 @@ def test_a_pipe_whose_reader_has_gone_is_no_error(arguments: list[str], record_f
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("mail", [[], ["--format", "mail"]])
+def test_a_diff_is_no_other_when_its_reader_has_gone(mail: list[str], tmp_path: Path) -> None:
+    """Of a short report, which is flushed at the end, and of one that is longer than what is held back."""
+    release = "results/debian-kernels-nested/zen2-client/2026-11-25T17{}.json"
+    old, new = (
+        str(ROOT / release.format(name)) for name in ("0958Z-kvm-6.1.0-56-amd64", "3852Z-kvm-7.2.13+deb14-amd64")
+    )
+    for number, (before, after, code) in enumerate([(old, new, 1), (old, old, 0)]):
+        done = with_reader_gone("diff", before, after, *mail)
+        assert (done.returncode, done.stderr) == (code, b""), number
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    for number in range(400):
+        (tmp_path / "before" / f"a-machine-of-our-own-{number}.json").symlink_to(old)
+    (tmp_path / "after" / "another-machine-1.json").symlink_to(new)
+    done = with_reader_gone("diff", str(tmp_path / "before"), str(tmp_path / "after"), *mail)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("arguments", [["models"], ["predict", DUMP, "--json", "--model", "all"]])
 def test_a_disk_that_is_full_on_standard_output_is_one_line(arguments: list[str]) -> None:
     if not Path("/dev/full").exists():

@@ -629,10 +629,16 @@ def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = str(tmp_path / "before"), str(tmp_path / "after")
     assert main(["diff", before, after, "--format", "mail", "--tester", "A B <a@b.invalid>"]) == 1
     out, err = capsys.readouterr()
-    assert out.startswith("IA32_SPEC_CTRL (MSR 0x48): 2 pairs of records: 1 the same, 1 different\n")
+    assert out.startswith("IA32_SPEC_CTRL (MSR 0x48): 2 pairs of records: 1 the same, 1 different; 2\nfiles LEFT OUT\n")
+    assert out.count("cut.json cannot be read: ") == 2
+    assert str(tmp_path / "before" / "cut.json") not in out
     assert "SHA-256" in out
     assert out.endswith("\nTested-by: A B <a@b.invalid>\n")
     assert err.count("left out: ") == 2
+    assert main(["diff", before, before]) == 3, "what cannot be read is not the same"
+    assert "\nLEFT OUT before, not compared:\n  cut.json cannot be read" in capsys.readouterr().out
+    for folder in ("before", "after"):
+        (tmp_path / folder / "cut.json").unlink()
     assert main(["diff", before, before]) == 0
     assert main(["diff", before, after, "--format", "mail", "--tester", "foo"]) == 2
     assert main(["diff", before, after, "--tester", "A B <a@b.invalid>"]) == 2

@@ -58,6 +58,7 @@ def test_colour_is_where_it_helps() -> None:
         "5 changes; 6 things around it differ",
         "a, KVM: 2 changes; 3 things",
         "1 pair: 1 different",
+        "1 different; 2 files",
     ],
 )
 def test_a_headline_of_changes_is_red_whatever_stands_beside_it(line: str) -> None:
