@@ -14,7 +14,7 @@ from probe.report.diff_text import File, around_it, changes, headline, name_file
 from probe.report.layout import field, joined, paragraph
 
 _MOST_NAMES = 24
-_NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
+_NUMBERED = re.compile(r"(.*?)([0-9]{1,9})([^0-9]*)", re.DOTALL)
 
 
 def render(
@@ -165,7 +165,9 @@ def folded(names: Iterable[str], most: int = _MOST_NAMES) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
+    """Sort lab2 before lab10: numbers by their length first, whatever it is."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")), part.lstrip("0")) if at % 2 else (0, part) for at, part in enumerate(parts)]
 
 
 def _follows(one: str, other: str) -> bool:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from probe import record as rec
 from probe.entries import cpuid_of_groups
-from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, mask_of, parse_hex64, parse_list
+from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, mask_of, parse_hex64, parse_list, told_cpus
 from probe.models.prediction import Effect
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
@@ -69,14 +69,14 @@ def findings(record: rec.Record) -> list[str]:
 def _machine(record: rec.Record) -> list[str]:
     machine, kernel = record.machine, record.kernel
     where = f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x}"
-    lines = field("machine", f"{where} (CPUID.1:EAX {machine.signature}), CPUs {machine.online}")
+    lines = field("machine", f"{where} (CPUID.1:EAX {machine.signature}), {told_cpus(machine.online)}")
     if machine.brand:
         lines += field("", machine.brand)
     if record.identity:
         lines += field("", f"called {record.identity}")
     for entry in machine.microcode or [rec.Microcode(cpus="", revision="0x0")]:
         text = f"microcode {entry.revision}" if entry.cpus else "microcode unknown"
-        lines += field("", text + (f" on CPUs {entry.cpus}" if len(machine.microcode) > 1 else ""))
+        lines += field("", text + (f" on {told_cpus(entry.cpus)}" if len(machine.microcode) > 1 else ""))
     firmware = " ".join(part for part in (machine.bios.vendor, machine.bios.version, machine.bios.date) if part)
     if firmware:
         lines += field("", f"firmware {firmware}")
@@ -162,10 +162,6 @@ def _numbers(cpus: str) -> frozenset[int]:
     return frozenset(parse_list(cpus))
 
 
-def _cpus(text: str) -> str:
-    return f"CPU {text}" if text.isdigit() else f"CPUs {text}"
-
-
 def _mask_line(label: str, word: str, mask: int) -> str:
     return f"{label:<{LABEL}}{word:<11}{hex64(mask)}  bits {_short_bits(mask)}"
 
@@ -178,7 +174,7 @@ def _short_bits(mask: int) -> str:
 
 def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     """Predicted and observed masks one under the other."""
-    lines = [f"{_cpus(entry.cpus)}, model {record.judge}"]
+    lines = [f"{told_cpus(entry.cpus)}, model {record.judge}"]
     prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
     label = "predicted"
     if prediction is not None:
@@ -199,7 +195,7 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
         lines += field("", f"absent because: {entry.absent_because}")
     for group in record.saved:
         if _numbers(group.cpus) & _numbers(entry.cpus):
-            which = "" if len(record.saved) == 1 else f"  {_cpus(group.cpus)}"
+            which = "" if len(record.saved) == 1 else f"  {told_cpus(group.cpus)}"
             lines += paragraph(f"{group.value}{which}", f"{'held first':<{LABEL + 11}}", " " * (LABEL + 11))
     combined = entry.combined
     if combined is not UNSET:
@@ -276,7 +272,7 @@ def _plan(record: rec.Record) -> list[str]:
     lines: list[str] = []
     for prediction in record.predictions:
         if prediction.model == record.judge:
-            lines.append(f"{_cpus(prediction.cpus)}, model {record.judge}")
+            lines.append(f"{told_cpus(prediction.cpus)}, model {record.judge}")
             label = "predicted"
             for effect in Effect:
                 mask = parse_hex64(getattr(prediction, effect.value))
@@ -291,7 +287,7 @@ def _models(record: rec.Record) -> list[str]:
     wrong_head = "measured bits on which it is wrong" if record.walk is not UNSET else ""
     lines = [f"{'model':<17}{'accepts':<20}{wrong_head}".rstrip()]
     for prediction in record.predictions:
-        cpus = "" if _covers_all(record, prediction.cpus) else f" ({_cpus(prediction.cpus)})"
+        cpus = "" if _covers_all(record, prediction.cpus) else f" ({told_cpus(prediction.cpus)})"
         verdicts = [
             entry
             for entry in record.verdicts
@@ -312,7 +308,7 @@ def _rules(record: rec.Record) -> list[str]:
     lines: list[str] = []
     for cpus in dict.fromkeys(entry.cpus for entry in record.hypervisor_rules):
         of_cpus = [entry for entry in record.hypervisor_rules if entry.cpus == cpus]
-        where = "" if _covers_all(record, cpus) else f" on {_cpus(cpus)}"
+        where = "" if _covers_all(record, cpus) else f" on {told_cpus(cpus)}"
         fits, may = _ranges(of_cpus, "fits"), _ranges(of_cpus, "possible")
         refuted = sum(entry.says == "refuted" for entry in of_cpus)
         lines += field("" if lines else "hypervisor", f"rules that fit what this guest saw{where}: {fits}")
@@ -355,6 +351,6 @@ def restored(record: rec.Record) -> list[str]:
     for entry in record.restore:
         reads = entry.reads if entry.reads is not UNSET else "unreadable"
         word = _RESTORE_WORDS[entry.state]
-        text = f"{_cpus(entry.cpus)}: held {entry.saved}, reads {reads}: {word}"
+        text = f"{told_cpus(entry.cpus)}: held {entry.saved}, reads {reads}: {word}"
         lines.append(text + (f" ({entry.note})" if entry.note else ""))
     return fields("restored", lines)

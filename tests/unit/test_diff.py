@@ -617,6 +617,8 @@ def test_names_in_a_row_are_folded() -> None:
     assert diff_sets_text.folded(["lab9", "lab10", "lab8", "lab2", "db"]) == "db, lab2, lab8-lab10"
     assert diff_sets_text.folded(["a08", "a09", "a10", "a100"]) == "a08-a10, a100"
     assert diff_sets_text.folded(["a1", "a2", "b"]) == "a1, a2, b"
+    odd = ["²", "9" * 5000, "", "a\n1", "1" * 5000]
+    assert set(diff_sets_text.folded(odd).split(", ")) == set(odd)
     assert diff_sets_text.folded((f"h{number}x" for number in range(0, 100, 2)), 3) == "h0x, h2x, h4x and 47 more"
 
 
