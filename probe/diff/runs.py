@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import UnsetType
@@ -21,22 +21,33 @@ from probe.masks import ALL_BITS, format_bits, parse_hex64, told_cpus
 from probe.outcome import Outcome
 from probe.verdict import KINDS
 
-_VERDICTS = ("unexpected_fault", "unexpected_accept", "not_retained")
 _DIFFER = "cpus_differ"
+_OF_WRITES = ("unexpected_fault", "unexpected_accept", "not_retained", "incomplete", _DIFFER)
 _NOT_TRIED = "not tried"
 _WRITE = "write"
+_ABSENT = "absent"
+_TOGETHER = "all accepted bits together"
+_PAIRS = "pairs"
+_CLEARED = "clearing it"
+_UNSTEADY = "bits that answered now so, now otherwise"
+_FINDS = {  # what moved, and goes without saying again, by the kind of a finding
+    "combination_refused": _TOGETHER,
+    "combination_altered": _TOGETHER,
+    "pair_refused": _PAIRS,
+    "not_clearable": _CLEARED,
+    "inconsistent": _UNSTEADY,
+}
 
 
 def compare(before: rec.Record, after: rec.Record) -> Comparison:
     """Compare two runs; CPUs that one of them alone has are said."""
     causes = _Causes()
-    wrote: list[tuple[tuple[int, int], int]] = []
+    lines: dict[str, list[tuple[tuple[int, int], int]]] = {}
     seen = [_spans(record.observations) for record in (before, after)]
     for span, one, other in _both(*seen):
         for what, word, its, mask in _observations_moved(one, other):
             causes.add(what, word, its, mask, span)
-            if what == _WRITE:
-                wrote.append((span, mask))
+            lines.setdefault(what, []).append((span, mask))
     for model in dict.fromkeys(entry.model for entry in (*before.predictions, *after.predictions)):
         said = [[entry for entry in record.predictions if entry.model == model] for record in (before, after)]
         if not said[0] or not said[1]:
@@ -49,7 +60,7 @@ def compare(before: rec.Record, after: rec.Record) -> Comparison:
         if one.state != other.state:
             causes.add("put back", one.state, other.state, 0, span)
     moved = causes.moved()
-    moved += _findings_moved(before, after, wrote)
+    moved += _findings_moved(before, after, lines)
     moved += _rules_moved(before, after)
     differing, alike = conditions(before, after)
     only = [_without(seen[at], seen[1 - at]) for at in (0, 1)]
@@ -134,39 +145,50 @@ class _Causes:
 
 def _observations_moved(one: rec.ObservationEntry, other: rec.ObservationEntry) -> Iterator[tuple[str, str, str, int]]:
     """Yield (what, before, after, bits) of everything that two observations have."""
-    wrote = 0
+    wrote = absent = 0
+    gone = one.absent_because != other.absent_because
+    ended = [False, False]
     for word, its, mask in _outcomes_moved(one.outcomes, other.outcomes):
         wrote |= mask
-        yield _WRITE, word, its, mask
+        ended = [was or said in (_NOT_TRIED, Outcome.ABSENT.value) for was, said in zip(ended, (word, its))]
+        if gone and Outcome.ABSENT.value in (word, its):
+            absent |= mask
+        else:
+            yield _WRITE, word, its, mask
     cleared = [entry.cleared if not isinstance(entry.cleared, UnsetType) else rec.Masks() for entry in (one, other)]
     for word, its, mask in _outcomes_moved(cleared[0], cleared[1]):
-        yield "clearing it", word, its, mask
+        yield _CLEARED, word, its, mask
     together = [
         "not tried" if isinstance(entry.combined, UnsetType) else _together(entry.combined) for entry in (one, other)
     ]
-    if together[0] != together[1] and not _together_follows(one, other, wrote):
-        yield "all accepted bits together", together[0], together[1], 0
+    if together[0] != together[1] and not _together_follows(one, other, wrote, ended):
+        yield _TOGETHER, together[0], together[1], 0
     pairs = [
         f"{len(entry.bad_pairs)} of {entry.pairs_tried} bad: {' '.join(entry.bad_pairs)}" for entry in (one, other)
     ]
-    if pairs[0] != pairs[1] and not (wrote and _pairs_follow(one, other)):
-        yield "pairs", pairs[0].rstrip(": "), pairs[1].rstrip(": "), 0
+    if pairs[0] != pairs[1] and not (any(ended) or (wrote and _pairs_follow(one, other))):
+        yield _PAIRS, pairs[0].rstrip(": "), pairs[1].rstrip(": "), 0
     told = [format_bits(parse_hex64(entry.inconsistent)) for entry in (one, other)]
     if told[0] != told[1]:
-        yield "bits that answered now so, now otherwise", told[0], told[1], 0
-    if one.absent_because != other.absent_because:
-        yield "absent", one.absent_because or "no", other.absent_because or "no", 0
+        yield _UNSTEADY, told[0], told[1], 0
+    if gone:
+        yield _ABSENT, one.absent_because or "no", other.absent_because or "no", absent
 
 
-def _together_follows(one: rec.ObservationEntry, other: rec.ObservationEntry, wrote: int) -> bool:
-    """Tell whether all accepted bits together did what the bits did alone, and differ in bits that moved."""
+def _together_follows(
+    one: rec.ObservationEntry, other: rec.ObservationEntry, wrote: int, ended: Sequence[bool]
+) -> bool:
+    """Tell whether all accepted bits together did what the bits did alone, and differ in bits that moved.
+
+    A walk that ended before them never tried them: ended says of both sides whether bits that moved tell of that.
+    """
     values = []
     outcomes = set()
-    for entry in (one, other):
+    for entry, early in zip((one, other), ended):
         combined = entry.combined
         if isinstance(combined, UnsetType):
-            if _accepted(entry):
-                return False
+            if early or _accepted(entry):
+                return early
             values.append((0, 0))
             continue
         unsteady = combined.outcome == Outcome.UNSTABLE.value
@@ -224,19 +246,20 @@ def _pairs(one: dict[str, int], other: dict[str, int]) -> Iterator[tuple[str, st
 
 
 def _findings_moved(
-    before: rec.Record, after: rec.Record, wrote: Sequence[tuple[tuple[int, int], int]]
+    before: rec.Record, after: rec.Record, lines: Mapping[str, Sequence[tuple[tuple[int, int], int]]]
 ) -> Iterator[Moved]:
-    """Yield findings that came and went, but for what became of writes that moved: of those wrote has CPUs and bits.
+    """Yield findings that came and went, but for what became of what moved: of that lines has CPUs and bits.
 
     How CPUs differ from each other follows from whatever moved on any of them.
     """
+    wrote = [*lines.get(_WRITE, ()), *lines.get(_ABSENT, ())]
     anywhere = functools.reduce(operator.or_, (bits for _, bits in wrote), 0)
     for kind in (*KINDS, *sorted({entry.kind for entry in (*before.findings, *after.findings)} - set(KINDS))):
         found = [[entry for entry in record.findings if entry.kind == kind] for record in (before, after)]
         if not (found[0] or found[1]):
             continue
-        if kind not in (*_VERDICTS, _DIFFER):
-            yield from _whole_findings_moved(kind, found[0], found[1])
+        if kind not in _OF_WRITES:
+            yield from _whole_findings_moved(kind, found[0], found[1], lines.get(_FINDS.get(kind, ""), ()))
             continue
         causes = _Causes()
         sides = [[(span, parse_hex64(entry.mask)) for span, entry in _spans(entries)] for entries in found]
@@ -252,11 +275,19 @@ def _findings_moved(
 
 
 def _whole_findings_moved(
-    kind: str, before: Sequence[rec.FindingEntry], after: Sequence[rec.FindingEntry]
+    kind: str,
+    before: Sequence[rec.FindingEntry],
+    after: Sequence[rec.FindingEntry],
+    told: Sequence[tuple[tuple[int, int], int]],
 ) -> Iterator[Moved]:
-    """Yield findings of a kind that came and went as a whole; the same one on other CPUs is another."""
+    """Yield findings of a kind that came and went as a whole; the same one on other CPUs is another.
+
+    told has the CPUs of which another line says the same.
+    """
     one, other = ({(entry.mask, entry.cpus) for entry in entries} for entries in (before, after))
     for mask, cpus in sorted(one ^ other):
+        if not _without([(span, None) for span in sorted(_ranges(cpus))], sorted(told)):
+            continue
         word = ("there", "gone") if (mask, cpus) in one else ("none", "new")
         count = sum(high - low + 1 for low, high in _ranges(cpus))
         yield Moved(f"finding {kind}", *word, parse_hex64(mask), told_cpus(cpus), count)

@@ -437,6 +437,38 @@ def test_pairs_that_follow_from_their_bits_are_not_told() -> None:
     assert "pairs" in {one[0] for one in causes(metal, guest)}
 
 
+ALL_BUT = ALL_BITS & ~0x6
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("went-offline", {("absent", "no", "CPU is offline", ALL_BITS, "CPU 1")}),
+        (
+            "all-refused",
+            {
+                ("write", "retained", "refused", 0x6, "CPUs 0-1"),
+                ("write", "fault", "refused", ALL_BUT, "CPUs 0-1"),
+            },
+        ),
+    ],
+)
+def test_bits_without_an_answer_are_told_once(name: str, wanted: set[tuple[str, str, str, int, str]]) -> None:
+    assert causes(as_predicted(), RUNS[name]()) == wanted
+
+
+def test_findings_of_a_combination_and_of_pairs_are_told_once() -> None:
+    told = [one[0] for one in causes(as_predicted(), RUNS["every-trial"]())]
+    assert {"all accepted bits together", "pairs"} <= set(told)
+    assert not [what for what in told if what.startswith("finding ")]
+    stopped = [one[0] for one in causes(as_predicted(), RUNS["not-put-back"]())]
+    assert "all accepted bits together" not in stopped, "the walk did not come so far"
+    assert "finding not_restored" in stopped
+    sick = RUNS["every-trial"]()
+    sick.findings.append(rec.FindingEntry(kind="pair_refused", cpus="9", mask=hex64(0x6), text="elsewhere"))
+    assert ("finding pair_refused", "none", "new", 0x6, "CPU 9") in causes(as_predicted(), sick)
+
+
 def test_what_does_not_follow_from_a_bit_is_told() -> None:
     """A combination that is refused, a pair, CPUs that differ in another bit."""
     sick = RUNS["one-cpu-differs"]()
