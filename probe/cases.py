@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.diff.moved import AnyRecord, kind_of
-from probe.masks import ALL_BITS, format_bits, format_list, mask_of, parse_hex64, parse_list
+from probe.masks import ALL_BITS, format_bits, format_list, mask_of, parse_hex64, parse_list, told_bits
 from probe.models import machines
 from probe.models.machine import Host, Machine
 from probe.models.matrix import BESIDE, CELLS, Cell, Expected, Measured, expected, expected_by_programs
@@ -474,7 +474,7 @@ def _whole(record: kvm_record.KvmRecord, expect: Machine | None) -> Iterator[Cas
         yield Case("msr_driver", Status.SKIP, "before v5.9 KVM has a mask of its own, which need not agree with it")
     else:
         differs = kvm_record.driver_differs(record)
-        told = f"unlike KVM_SET_MSRS on bits {format_bits(differs)}" if differs else ""
+        told = f"unlike KVM_SET_MSRS on {told_bits(differs)}" if differs else ""
         yield Case("msr_driver", Status.FAIL if differs else Status.PASS, told)
 
 
@@ -508,7 +508,7 @@ def _cell(cell: Cell, row: Measured, said: Expected | None, judge: Machine | Pol
     wrong = (seen ^ said.masks.get(cell.name, 0)) & known
     if not wrong:
         return Case(cell.name, Status.PASS)
-    told = "" if cell.single else f" on bits {format_bits(wrong)}"
+    told = "" if cell.single else f" on {told_bits(wrong)}"
     return Case(cell.name, Status.FAIL, f"{cell.title}: otherwise than {judge.name} says{told}")
 
 

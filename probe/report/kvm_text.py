@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from msgspec import UNSET
 
 from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry, driver_differs
-from probe.masks import format_bits, hex64, parse_hex64
+from probe.masks import format_bits, hex64, parse_hex64, told_bits
 from probe.models.matrix import CELLS
 from probe.models.profile import NAMED
 from probe.report.layout import WIDTH, field, fields, joined, paragraph
@@ -17,6 +17,7 @@ _KIN = (("pred_cmd", "IA32_PRED_CMD (0x49)"), ("virt_spec_ctrl", "VIRT_SPEC_CTRL
 
 
 ROWS = 12
+CALLED = {"none": "none (no CPUID set)"}  # beside a mask that is "none"
 
 
 def render(record: KvmRecord, *, rows: int = ROWS) -> str:
@@ -60,7 +61,7 @@ def _named(record: KvmRecord) -> list[str]:
         known = [name for name in row.profiles if name in names]
         rest += len(row.profiles) - len(known)
         for name in known:
-            lines.append(f"{name:<26}" + "".join(f"{_bits(mask):<16}" for mask in cells).rstrip())
+            lines.append(f"{CALLED.get(name, name):<26}" + "".join(f"{_bits(mask):<16}" for mask in cells).rstrip())
     lines.append("first writes, bit by bit" + (f"; {rest} more guest CPUIDs: show --all" if rest else ""))
     return lines
 
@@ -119,12 +120,12 @@ def _driver(record: KvmRecord) -> str:
         return f"the msr driver was NOT ASKED: {record.driver.error}"
     accepts, unanswered = record.driver.accepts, parse_hex64(record.driver.unanswered)
     differ = driver_differs(record)
-    alike = f"UNLIKE KVM_SET_MSRS on {format_bits(differ)}" if differ else "as KVM_SET_MSRS"
+    alike = f"UNLIKE KVM_SET_MSRS on {told_bits(differ)}" if differ else "as KVM_SET_MSRS"
     if record.guest is not UNSET and record.guest.tested is not UNSET:
         alike = "(spec_ctrl_model answers for both)"
     elif not differ and accepts != record.hardware.tested:
         alike = "(KVM has a mask of its own)"
-    silent = f", no answer for bits {format_bits(unanswered)}" if unanswered else ""
+    silent = f", no answer for {told_bits(unanswered)}" if unanswered else ""
     return f"the msr driver takes {accepts}  {alike}{silent} (CPU {record.driver.cpu})"
 
 

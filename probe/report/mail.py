@@ -18,11 +18,10 @@ from probe import record as rec
 from probe.diff.moved import AnyRecord
 from probe.masks import format_bits, parse_hex64, told_bits
 from probe.report import moved_text, text
-from probe.report.kvm_text import explained
+from probe.report.kvm_text import CALLED, explained
 from probe.report.layout import clean, field, fields, joined, paragraph
 
 _COMMIT = re.compile(r"-g([0-9a-f]{7,40})(?![0-9a-f])(-dirty)?")
-_CALLED = {"none": "none (no CPUID set)"}  # beside a mask that is "none"
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD", "HygonGenuine": "Hygon"}
 
 
@@ -185,7 +184,7 @@ def _masks(rows: Sequence[kvm_record.RowEntry]) -> list[str]:
         groups.setdefault(cells, []).extend(row.profiles)
     for masks, names in sorted(groups.items(), key=lambda item: -len(item[1]))[:8]:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        shown = f"{_CALLED.get(names[0], names[0].replace(',', '+'))}{more}"
+        shown = f"{CALLED.get(names[0], names[0].replace(',', '+'))}{more}"
         tail = "".join(f"{mask:<14}" for mask in masks).rstrip()
         if len(shown) > 33:
             lines += paragraph(shown, "", "  ")

@@ -25,7 +25,7 @@ from probe.errors import RecordError, UsageError
 from probe.masks import ALL_BITS, hex64, told_bits
 from probe.models.profile import FEATURES, NAMED, Profile, parse_profile
 from probe.profile_sets import ALL, Universe
-from probe.report import diff_sets_text, diff_text, mail
+from probe.report import diff_sets_text, diff_text, kvm_text, mail
 from probe.store import decode_any
 from tests.unit.test_report import GOLDEN as RUNS
 from tests.unit.test_report import as_predicted, july_2020_guest, july_2020_metal
@@ -377,6 +377,13 @@ def test_one_bit_and_one_cpu_are_in_the_singular() -> None:
     assert [told_bits(mask) for mask in (0, 4, 6)] == ["no bits", "bit 2", "bits 1-2"]
     pair = compare_sets([("a", one)], [("a", other)])
     assert diff_sets_text.render(pair, "x", "y").startswith("1 pair of records: 0 the same, 1 different\n")
+
+
+def test_a_mask_that_is_none_stands_beside_no_profile_of_that_name() -> None:
+    record = kvm_record.decode(next(POLICIES.glob("emulate-guest-kvm-7.2*.json")).read_bytes(), "policy")
+    for report in (kvm_text.render(record), mail.render(kvm(NEW), "c" * 64)):
+        assert "\nnone (no CPUID set)" in report
+        assert not re.search(r"^none  ", report, re.MULTILINE)
 
 
 def test_a_mail_names_the_register_first() -> None:

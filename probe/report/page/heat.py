@@ -15,7 +15,7 @@ from msgspec import UNSET
 from probe import kvm_record
 from probe import record as rec
 from probe.cases import groups_of, judge_of, outcome_of, said_of
-from probe.masks import ALL_BITS, format_bits, parse_hex64
+from probe.masks import ALL_BITS, format_bits, parse_hex64, told_cpus
 from probe.models.matrix import Expected
 from probe.nights import Row as NightRow
 from probe.registers import SPEC_CTRL
@@ -143,7 +143,7 @@ def of_run(record: rec.Record) -> Map:
             for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
                 wrong |= parse_hex64(getattr(verdict, name))
         each = (masks["a"], masks["d"], masks["f"], masks["o"], wrong)
-        rows.append(((f"CPUs {group.cpus}",), (each,), False, numbers.get(id(group.prediction), 0)))
+        rows.append(((told_cpus(group.cpus),), (each,), False, numbers.get(id(group.prediction), 0)))
     return _map(["write"], rows, record.judge)
 
 

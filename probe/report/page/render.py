@@ -24,7 +24,7 @@ from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
 from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import compare
-from probe.masks import format_bits, parse_hex64
+from probe.masks import parse_hex64, told_bits, told_cpus
 from probe.models import machines
 from probe.registers import SPEC_CTRL
 from probe.report import moved_text
@@ -160,7 +160,7 @@ def _facts(record: AnyRecord) -> list[tuple[str, str]]:
             "machine",
             f"{machine.vendor} {machine.family:02x}-{machine.model:02x}-{machine.stepping:02x} {machine.brand}",
         ),
-        ("microcode", ", ".join(f"{one.revision} on CPUs {one.cpus}" for one in machine.microcode) or "unknown"),
+        ("microcode", ", ".join(f"{one.revision} on {told_cpus(one.cpus)}" for one in machine.microcode) or "unknown"),
         ("hypervisor", (machine.hypervisor or "unnamed") if machine.under_hypervisor else "none: bare metal"),
         ("kernel", f"{kernel.release} {kernel.version}"),
         ("command line", " ".join(kernel.cmdline) or "nothing that bears on it"),
@@ -192,15 +192,15 @@ def _facts(record: AnyRecord) -> list[tuple[str, str]]:
 
 
 def _bits(mask: str) -> str:
-    return f"bits {format_bits(parse_hex64(mask))}"
+    return told_bits(parse_hex64(mask))
 
 
 def _findings(report: Report) -> list[tuple[str, str]]:
     """Return what failed, as (where, what); of a run its own findings, which say it in whole sentences."""
     if isinstance(report.record, rec.Record):
-        found = [(f"{entry.kind}, CPUs {entry.cpus}", entry.text) for entry in report.record.findings]
+        found = [(f"{entry.kind}, {told_cpus(entry.cpus)}", entry.text) for entry in report.record.findings]
         return found + [
-            (f"restore, CPUs {entry.cpus}", f"{entry.state}: {entry.note}")
+            (f"restore, {told_cpus(entry.cpus)}", f"{entry.state}: {entry.note}")
             for entry in report.record.restore
             if entry.state != "verified"
         ]
@@ -257,12 +257,12 @@ def _models(record: AnyRecord) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": entry.model,
-                "title": f"{entry.title} (CPUs {entry.cpus})",
+                "title": f"{entry.title} ({told_cpus(entry.cpus)})",
                 "source": "; ".join(dict.fromkeys(reason.source for reason in entry.reasons)),
                 "right": f"accepts {SPEC_CTRL.brief(parse_hex64(entry.accepts))}",
                 "all": "" if wrong else "all",
                 "first": [],
-                "answer": f"wrong on bits {SPEC_CTRL.brief(wrong)}" if wrong else "",
+                "answer": f"wrong on {SPEC_CTRL.told(wrong)}" if wrong else "",
             }
         )
     return found
