@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.diff.moved import AnyRecord, kind_of
-from probe.masks import ALL_BITS, format_bits, format_list, mask_of, parse_hex64, parse_list, told_bits
+from probe.masks import ALL_BITS, format_list, mask_of, parse_hex64, parse_list, told_bits
 from probe.models import machines
 from probe.models.machine import Host, Machine
 from probe.models.matrix import BESIDE, CELLS, Cell, Expected, Measured, expected, expected_by_programs
@@ -301,15 +301,15 @@ def _of_group(record: rec.Record, one: _Judged) -> tuple[Status, str]:
     """Tell how every CPU of a group did: it passes if each bit that was to be tried has an answer, the right one."""
     ended = {status: mask_of(bit for bit in range(64) if one.bits[bit].status is status) for status in Status}
     if ended[Status.FAIL]:
-        return Status.FAIL, f"otherwise than predicted: bits {format_bits(ended[Status.FAIL])}"
+        return Status.FAIL, f"otherwise than predicted: {told_bits(ended[Status.FAIL])}"
     verdict, walk = one.group.verdict, record.walk
     if not ended[Status.PASS] or verdict is None or isinstance(walk, UnsetType):
         return Status.SKIP, one.bits[0].reason
     lacking = mask_of(parse_list(walk.bits)) & parse_hex64(verdict.not_measured)
     if lacking:
-        return Status.SKIP, f"no answer: bits {format_bits(lacking)}"
+        return Status.SKIP, f"no answer: {told_bits(lacking)}"
     left = ended[Status.SKIP]
-    return Status.PASS, f"not judged: bits {format_bits(left)}" if left else ""
+    return Status.PASS, f"not judged: {told_bits(left)}" if left else ""
 
 
 def _put_back(record: rec.Record) -> Case:

@@ -105,7 +105,7 @@ def test_a_case_is_what_the_record_says() -> None:
     assert found["bits.bit02_ssbd"] == ("pass", "")
     assert found["bits.bit00_ibrs"][0] == "skip", "the documents leave it open"
     assert found["restore.put_back"][0] == "pass"
-    assert found["cpus.cpu_1"] == ("fail", "otherwise than predicted: bits 1")
+    assert found["cpus.cpu_1"] == ("fail", "otherwise than predicted: bit 1")
     assert found["register.as_enumerated"] == ("pass", "")
 
 
@@ -147,7 +147,7 @@ def test_a_bit_is_the_worst_of_all_cpus() -> None:
     record = as_predicted()
     record.verdicts[0].not_measured = hex64(1 << 40)
     record.verdicts[0].as_predicted = hex64(ALL_BITS & ~(1 << 40))
-    assert cases(report_of(record))["cpus.cpu_0"] == ("skip", "no answer: bits 40")
+    assert cases(report_of(record))["cpus.cpu_0"] == ("skip", "no answer: bit 40")
 
 
 def test_every_second_cpu_is_told_shortly() -> None:
@@ -610,7 +610,7 @@ def test_a_million_cpus_and_deep_nesting(tmp_path: Path, capsys: pytest.CaptureF
             entry.cpus = "0-999999"
     found = cases(report_of(record))
     assert len(found) == 1 + 64 + 1 + 1 + 13
-    told = "1000000 CPUs, more than 4,096: no case for each; not judged: bits 0"
+    told = "1000000 CPUs, more than 4,096: no case for each; not judged: bit 0"
     assert found["cpus.every_cpu"] == ("pass", told)
     (tmp_path / "deep.json").write_text('{"schema_version": "1.0", "machine": ' + "[" * 100_000)
     (tmp_path / "nan.json").write_text('{"schema_version": "1.0", "duration": NaN}')
