@@ -416,12 +416,16 @@ def _add_plain(commands: argparse._SubParsersAction[_Parser]) -> None:
         "migrate",
         help="say what breaks when guests move between recorded machines",
         description="For two records, in both directions: the bits that a guest may hold on the one, and the other "
-        "would refuse or lose, by each VMM's rule. For a folder of more: every pair, and the CPUID change that makes "
-        "the pool safe. Exit code 1: a move breaks.",
+        "would refuse or lose, by each VMM's rule. For a folder, or more records: every pair as a matrix by one rule, "
+        "and the smallest CPUID change that makes the pool safe. Exit code 1: a move breaks.",
     )
-    migrate.add_argument("records", nargs="+", metavar="RECORD|DIR", help="two records, or one folder of records")
+    migrate.add_argument(
+        "records", nargs="+", metavar="RECORD|DIR", help="records, or folders of records: two at least"
+    )
     migrate.add_argument("--rule", default="", metavar="VMM", help="of a pair only this rule; of a pool this (qemu)")
-    migrate.add_argument("--json", action="store_true", help="print every pair and rule as JSON")
+    migrate.add_argument(
+        "--json", action="store_true", help="print every pair, by every rule or that of --rule, as JSON"
+    )
     build = commands.add_parser(
         "agent-build",
         help="write the agent as one file for machines without internet",

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -646,15 +646,16 @@ def _migrate(arguments: argparse.Namespace) -> int:
     if arguments.rule and arguments.rule not in BY_NAME:
         raise UsageError(f"no rule is called {arguments.rule!r}", f"one of: {', '.join(BY_NAME)}")
     rule = BY_NAME[arguments.rule or "qemu"]
-    paths = [Path(path) for path in arguments.records]
-    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+    folders = [path for path in map(Path, arguments.records) if path.is_dir()]
     places = []
     left_out = 0
-    for path in sorted(folder.rglob("*.json")) if folder else paths:
+    for path, name in _records_named(arguments.records):
         try:
-            places.append(place_of(store.read_any(path), str(path.relative_to(folder)) if folder else path.name))
+            if name and not path.is_file():
+                raise RecordError(f"{path} is no regular file", "a folder's records are its files *.json")
+            places.append(place_of(store.read_any(path), name or path.name))
         except RecordError as error:
-            if folder is None:
+            if not name:
                 raise
             left_out += 1
             _say(f"left out: {error}")
@@ -664,19 +665,31 @@ def _migrate(arguments: argparse.Namespace) -> int:
             "give two, or a folder that holds some; records of kvm migrate are for show and kvm migrate --restore",
         )
     groups = grouped(places)
+    rules = [rule] if arguments.rule else list(BY_NAME.values())
     if arguments.json:
-        sys.stdout.write(migrate_text.as_json(groups))
-    elif len(places) == 2:
-        rules = [BY_NAME[arguments.rule]] if arguments.rule else list(BY_NAME.values())
-        _show_report(
-            migrate_text.pair(places[0], places[1], rules) + "\n" + migrate_text.pair(places[1], places[0], rules)
-        )
+        sys.stdout.writelines(migrate_text.as_json(groups, rule, rules))
     else:
-        _show_report(migrate_text.matrix(groups, rule))
+        parts = [migrate_text.matrix(groups, rule)] if folders or len(places) > 2 else []
+        if len(places) == 2:
+            one, other = places
+            parts = [migrate_text.pair(one, other, rules), migrate_text.pair(other, one, rules), *parts]
+        _show_report("\n".join(parts))
     if left_out and not arguments.json:
         _show_report("\n" + migrate_text.left_out(left_out))
     broken = migrate_text.breaks(groups, rule)
     return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
+
+
+def _records_named(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the files that are given, and those of folders with a name: their path in it, of several with its name."""
+    several = len(arguments) > 1
+    for argument in map(Path, arguments):
+        if not argument.is_dir():
+            yield argument, ""
+            continue
+        for path in sorted(argument.rglob("*.json")):
+            name = path.relative_to(argument)
+            yield path, str(argument.resolve().name / name if several else name)
 
 
 def _boot(arguments: argparse.Namespace) -> int:

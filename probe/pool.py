@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Union
 
 from msgspec import UNSET
@@ -13,11 +15,14 @@ from probe import entries, kvm_record
 from probe import record as rec
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64
-from probe.models.migration import Mend, Move, Rule, Side, mend
-from probe.models.profile import Profile, parse_profile, profile_of
+from probe.models.migration import GATE, Met, Move, Rule, Side, enumerators, met_on, met_on_both, worst_of
+from probe.models.peer_machines import enumerated
+from probe.models.profile import NONE, Profile, parse_profile, profile_of
 from probe.models.what_if import offered
+from probe.registers import DEFINED
 
 ANY = "any"  # the profile of a record that knows of no guests: a machine's own register
+_NO_CPUID = str(NONE)
 AnyRecord = Union[rec.Record, kvm_record.KvmRecord]
 
 
@@ -42,6 +47,11 @@ class Place:
             held |= side.holds
         return held
 
+    @functools.cached_property
+    def by_guest(self) -> Mapping[int, Side]:
+        """The sides of guests that were measured, by their CPUID."""
+        return {side.guest: side for name, side in self.sides.items() if name not in (ANY, _NO_CPUID)}
+
 
 def place_of(record: AnyRecord, name: str) -> Place:
     """Turn a record of either kind into a place; raise RecordError if it holds no measurement."""
@@ -60,8 +70,10 @@ def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
         cells = row.masks
         let_through = cells.get("guest_after_seen", 0) & cells.get("guest_after", 0) if cells["guest_first"] else 0
         reads = cells["guest_read"] != 0
+        holds = cells["guest_first"] & cells["guest_first_kept"] | let_through
+        taken = cells["guest_first"] | cells.get("guest_after", 0)
         sides[kvm_record.profile_name(row.profile)] = Side(
-            holds=cells["guest_first"] & cells["guest_first_kept"] | let_through,
+            holds=holds,
             takes=cells["host_first"],
             keeps=cells["host_first_seen"] if reads else cells["host_first_kept"],
             sees=cells["guest_first_seen"] | let_through if reads else ALL_BITS,
@@ -69,6 +81,7 @@ def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
             listed=record.kvm.in_msr_index_list,
             offers=offers,
             guest=row.profile.mask,
+            forgets=bool(taken & DEFINED) and not holds & DEFINED,
         )
     if not sides:
         raise RecordError(f"{name} holds no row", "measure it again: spec-ctrl-probe kvm")
@@ -97,8 +110,10 @@ def _of_run(record: rec.Record, name: str) -> Place:
     cpuid = record.cpuid.groups if record.predicted_from is UNSET else record.predicted_from.groups
     cpus = entries.cpuid_of_groups(cpuid)
     features = profile_of(cpus[min(cpus)]).mask
+    guest = offered(features)
+    forgets = bool(takes & DEFINED) and not holds & DEFINED
     side = Side(
-        holds, takes, keeps, listed=takes != 0, offers=offered(features), guest=offered(features), takes_zero=takes != 0
+        holds, takes, keeps, listed=takes != 0, offers=guest, guest=guest, takes_zero=takes != 0, forgets=forgets
     )
     guests = record.machine.under_hypervisor or record.place.kind == "guest"
     whose = "the register of a guest, as a KVM inside would pass it on" if guests else "its own register"
@@ -109,6 +124,14 @@ def _machine(record: AnyRecord) -> str:
     return f"{record.kernel.release}, {record.machine.brand or record.machine.vendor}"
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _own_register_for(side: Side, guest: int) -> Side:
+    """Return a machine's own register as a guest of a CPUID has it, by KVM's gate."""
+    return replace(
+        side, guest=guest, holds=side.holds if guest & GATE else 0, forgets=side.forgets and guest & GATE != 0
+    )
+
+
 def pairs(source: Place, target: Place) -> list[tuple[Side, Side]]:
     """Return what there is to compare: the sides of the guest profiles that both places know.
 
@@ -117,7 +140,8 @@ def pairs(source: Place, target: Place) -> list[tuple[Side, Side]]:
     if ANY in source.sides and ANY in target.sides:
         return [(source.sides[ANY], target.sides[ANY])]
     if ANY in source.sides:
-        return [(source.sides[ANY], side) for side in target.sides.values()]
+        own = source.sides[ANY]
+        return [(_own_register_for(own, side.guest), side) for side in target.sides.values()]
     if ANY in target.sides:
         return [(side, target.sides[ANY]) for side in source.sides.values()]
     common = [name for name in source.sides if name in target.sides]
@@ -130,47 +154,30 @@ def pairs(source: Place, target: Place) -> list[tuple[Side, Side]]:
 
 def comparable(source: Place, target: Place) -> bool:
     """Tell whether there is a guest that both places know; a machine's own register stands for every one."""
-    return ANY in source.sides or ANY in target.sides or bool(source.sides.keys() & target.sides.keys())
+    return ANY in source.sides or ANY in target.sides or not source.sides.keys().isdisjoint(target.sides)
 
 
 def move(rule: Rule, source: Place, target: Place) -> Move:
     """Move every guest that both places know; raise as pairs() does."""
-    refused = lost = 0
+    refused = lost = beyond = unsaid = absent = 0
     refuses_all = False
-    for side, other in pairs(source, target):
-        done = rule.move(side, other, side.holds)
+    both = pairs(source, target)
+    for side, other in both:
+        held = rule.held(side)
+        if held is None:
+            absent += 1
+            continue
+        done = rule.move(side, other, held)
         refused, lost, refuses_all = refused | done.refused, lost | done.lost, refuses_all or done.refuses_all
-    return Move(refused, lost, refuses_all)
+        unsaid += side.forgets and not done.broken
+        beyond |= side.holds & side.sees & ~held
+    return Move(refused, lost, refuses_all, len(both), unsaid, absent, beyond)
 
 
 def in_common(places: Sequence[Place]) -> list[str]:
     """Name the guest profiles that all places know; a machine's own register stands for every one."""
     names = [set(place.sides) for place in places if ANY not in place.sides]
     return sorted(set.intersection(*names)) if names else [ANY]
-
-
-def mended(places: Sequence[Place]) -> Mend | None:
-    """Find what guests of a pool must not have, profile by profile; what is found for each is put together.
-
-    None if it cannot be told: no guest CPUID is known to all, or nobody keeps what he takes (an emulated register).
-    """
-    common = in_common(places)
-    kept = any(side.keeps for place in places for side in place.sides.values())
-    if not common or (not kept and any(side.takes for place in places for side in place.sides.values())):
-        return None
-    found = [mend([place.sides.get(name) or place.sides[ANY] for place in places]) for name in common]
-    keeps, hide, closes = ALL_BITS, 0, 0
-    for one in found:
-        keeps, hide, closes = keeps & one.keeps, hide | one.hide, closes | one.closes
-    return Mend(keeps, hide, closes)
-
-
-def held_without(places: Sequence[Place]) -> int:
-    """Return the bits that a guest without any of the CPUID bits may hold somewhere, all the same."""
-    held = 0
-    for place in places:
-        held |= place.sides["empty"].holds if "empty" in place.sides else 0
-    return held
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,190 @@ def grouped(places: Sequence[Place]) -> list[Group]:
     for place in places:
         groups.setdefault(place.key, []).append(place)
     return [Group(tuple(members)) for members in groups.values()]
+
+
+@dataclass(frozen=True)
+class Stay:
+    """A guest CPUID on one kind of machine.
+
+    number is the kind's; several: it has more than one machine; own: its own register stands for this guest's.
+    """
+
+    number: int
+    place: Place
+    side: Side
+    several: bool
+    own: bool = False
+
+
+def stays_of(groups: Sequence[Group]) -> list[list[Stay]]:
+    """Return, for each guest CPUID that some kind knows, where it may be; a machine's own register takes every one."""
+    guests = {name: side.guest for group in groups for name, side in group.first.sides.items()}
+    return [
+        [stay for number, group in enumerate(groups) for stay in _stay_of(number, group, name, guest)]
+        for name, guest in guests.items()
+    ]
+
+
+def _stay_of(number: int, group: Group, name: str, guest: int) -> Iterator[Stay]:
+    sides = group.first.sides
+    if name in sides:
+        yield Stay(number, group.first, sides[name], len(group.places) > 1)
+    elif ANY in sides:
+        yield Stay(number, group.first, _own_register_for(sides[ANY], guest), len(group.places) > 1, own=True)
+
+
+def _departures(stays: Sequence[Stay]) -> Iterator[tuple[Stay, Met]]:
+    """Yield each stay with what its guest meets that leaves it for any other machine, as pairs() pairs them."""
+    met = [met_on(stay.side) for stay in stays]
+    nothing: Met = {}
+    known = functools.reduce(met_on_both, (one for one, stay in zip(met, stays) if not stay.own), nothing)
+    before = list(accumulate(met, met_on_both, initial=nothing))
+    after = list(accumulate(reversed(met), met_on_both, initial=nothing))[::-1]
+    for number, stay in enumerate(stays):
+        others = known if stay.own else met_on_both(before[number], after[number + 1])
+        yield stay, met_on_both(others, met[number]) if stay.several and not stay.own else others
+
+
+@dataclass(frozen=True)
+class Breaks:
+    """What breaks in a pool under a rule.
+
+    kinds are the numbers of those that guests do not leave whole for every other machine; bits those without which
+    their moves would work, by the CPUID of the guest; every_value: some machine refuses whatever the value.
+    """
+
+    kinds: frozenset[int]
+    bits: Mapping[int, int]
+    every_value: bool
+
+    @property
+    def some(self) -> bool:
+        """Tell whether anything breaks."""
+        return bool(self.kinds)
+
+
+def breaks_of(pool: Sequence[Sequence[Stay]], rule: Rule, *, careful: bool) -> Breaks:
+    """Find what breaks in any move; careful: guests set only what their CPUID enumerates."""
+    kinds: set[int] = set()
+    bits: dict[int, int] = {}
+    every_value = False
+    for stays in pool:
+        for stay, met in _departures(stays):
+            held = rule.held(stay.side)
+            if held is None:
+                continue
+            held &= enumerated(stay.side.guest) if careful else ALL_BITS
+            for worst in worst_of(met):
+                done = rule.move(stay.side, worst, held)
+                if done.broken:
+                    kinds.add(stay.number)
+                    every_value = every_value or done.refuses_all
+                    bits[stay.side.guest] = bits.get(stay.side.guest, 0) | rule.culprits(stay.side, worst, held)
+    return Breaks(frozenset(kinds), bits, every_value)
+
+
+def _without(stay: Stay, hide: int) -> Stay:
+    """Return a stay of the same guest without some CPUID bits: as measured, or else by what CPUID still enumerates.
+
+    A guest that has lost the last bit of KVM's gate is taken for one that has none.
+    """
+    guest = stay.side.guest & ~hide
+    if guest == stay.side.guest:
+        return stay
+    side = stay.place.by_guest.get(guest)
+    if side is None and not guest & GATE and 0 in stay.place.by_guest:
+        side = replace(stay.place.by_guest[0], guest=guest)
+    return replace(stay, side=_own_register_for(stay.side, guest) if side is None else side)
+
+
+def _tried(pool: Sequence[Sequence[Stay]], rule: Rule, found: Breaks, *, careful: bool) -> int | None:
+    """Return the features without which no move breaks, as has been tried; 0: none breaks; None: there are none.
+
+    Without a bit other bits may break, on a machine whose own test looks at the guest's CPUID: these go, too.
+    """
+    offered_to, measured = 0, 0
+    for stays in pool:
+        for stay in stays:
+            offered_to, measured = offered_to | stay.side.offers, measured | stay.side.guest
+    hide = 0
+    while found.some:
+        more = 0
+        for guest, bits in found.bits.items():
+            more |= (enumerators(bits) if careful else rule.gate) & (guest | offered_to & ~measured)
+        if not more & ~hide:
+            return None
+        hide |= more
+        found = breaks_of([[_without(stay, hide) for stay in stays] for stays in pool], rule, careful=careful)
+    return hide
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The smallest change of guests' CPUID that is found to make a pool safe under a rule.
+
+    breaks says what breaks as it is. whole are the bits that some guest may hold and that every move leaves whole. hide
+    are the features (a mask over profile.FEATURES) to leave out for guests that set only what their CPUID enumerates,
+    closes those for guests that set what they like; 0: none, None: that makes nothing safe. Both were tried: every move
+    of the pool without them works. hole: the bits that a guest with none of the features of closes may hold, and a move
+    breaks. unmeasured: the CPUIDs that hide leaves and that some machine was not measured with, unmeasured_closed those
+    that closes leaves: what such a guest does is taken from KVM's gate and what CPUID still enumerates. guests: so many
+    CPUIDs are known; of unsaid of them nothing can be said (Side.forgets), of unseen a loss would not be seen, as the
+    guest reads nothing back.
+    """
+
+    breaks: Breaks
+    whole: int
+    hide: int | None
+    closes: int | None
+    hole: int
+    unmeasured: tuple[Profile, ...]
+    unmeasured_closed: tuple[Profile, ...]
+    unsaid: int
+    unseen: int
+    guests: int
+
+
+def advise(groups: Sequence[Group], rule: Rule) -> Advice:
+    """Find what guests of a pool must not have, from the moves that break under a rule, and try whether it helps."""
+    pool = stays_of(groups)
+    found = breaks_of(pool, rule, careful=False)
+    careful = breaks_of(pool, rule, careful=True) if found.some else found
+    hide = _tried(pool, rule, careful, careful=True)
+    closes = _tried(pool, rule, found, careful=False)
+    all_stays = [stay for stays in pool for stay in stays]
+    held = _either(rule.held(stay.side) or 0 for stay in all_stays if not stay.side.forgets)
+    return Advice(
+        breaks=found,
+        whole=0 if found.every_value else held & ~_either(found.bits.values()),
+        hide=hide,
+        closes=closes,
+        hole=_either(bits for guest, bits in found.bits.items() if not guest & rule.gate),
+        unmeasured=_unmeasured(all_stays, hide or 0),
+        unmeasured_closed=_unmeasured(all_stays, closes or 0),
+        unsaid=sum(any(stay.side.forgets for stay in stays) for stays in pool),
+        unseen=sum(any(_unseen(stay.side) for stay in stays) for stays in pool),
+        guests=len(pool),
+    )
+
+
+def _unmeasured(stays: Iterable[Stay], hide: int) -> tuple[Profile, ...]:
+    """Return the CPUIDs that hiding leaves and that some KVM was not measured with."""
+    left = {
+        stay.side.guest & ~hide
+        for stay in stays
+        if stay.side.guest & hide and ANY not in stay.place.sides and stay.side.guest & ~hide not in stay.place.by_guest
+    }
+    return tuple(Profile(guest) for guest in sorted(left))
+
+
+def _either(masks: Iterable[int]) -> int:
+    return functools.reduce(int.__or__, masks, 0)
+
+
+def _unseen(side: Side) -> bool:
+    """Tell whether defined bits are held that the guest itself does not read."""
+    return bool(side.holds & DEFINED) and not side.holds & side.sees & DEFINED
 
 
 def features_of(mask: int) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ _KVM_GATE = _SPEC_CTRL | mask_of_features((f.AMD_STIBP, f.AMD_IBRS, f.AMD_SSBD))
 _ENUMERATED = tuple((row.mask, mask_of_features(row.any_of)) for row in REGISTER.bits)
 
 
+@functools.lru_cache(maxsize=1024)
 def enumerated(features: int) -> int:
     """Return the 64-bit mask of the fields that a CPUID enumerates; features is a mask over profile.FEATURES."""
     mask = 0
@@ -192,9 +194,13 @@ def _always_emulate_host(profile: Profile, host: Host) -> int:
     return enumerated(profile.mask) & enumerated(host.caps | host.features)
 
 
+XEN_GATE = _IBRS  # each of these gives a guest of Xen the register
+
+
+@functools.lru_cache(maxsize=1024)
 def xen_bits(profile: Profile) -> int | None:
     """Return the bits that Xen lets a guest with this CPUID write; None if the register is not there for it."""
-    if not profile.mask & _IBRS:
+    if not profile.mask & XEN_GATE:
         return None
     mask = IBRS | STIBP
     for features, bits in ((_SSBD, SSBD), (_PSFD, 1 << 7), (_IPRED, 0x18), (_RRSBA, 0x60), (_BHI, 1 << 10)):
