@@ -23,6 +23,7 @@ from probe.models.machines import MACHINES, get
 from probe.models.matrix import fit
 from probe.models.policy import BY_NAME
 from probe.models.profile import NONE, parse_profile
+from tests.bench.distinct import distinct_kvm, distinct_runs
 from tests.bench.figures import figure, ratio
 
 HERE = Path(__file__).resolve().parent
@@ -113,16 +114,24 @@ def policy_path() -> None:
     figure("exits that a policy handles / C loop", ratio(mine, theirs), 0.5, "x", at_least=True)
 
 
-def pool_of_records() -> None:
-    """`migrate` over a folder of 1,000 records, of both kinds."""
-    sources = [path.read_bytes() for path in sorted((TOP / "results").rglob("*.json"))]
-    with tempfile.TemporaryDirectory() as text:
-        for number in range(1000):
-            Path(text, f"{number:04}.json").write_bytes(sources[number % len(sources)])
-        begin = time.monotonic()
-        command = [sys.executable, "-m", "probe", "migrate", text]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=False, cwd=TOP)
-        figure("migrate over 1,000 records", time.monotonic() - begin, 5, "s")
+def pools_of_records() -> None:
+    """`migrate` over folders of 1,000 records, none like another: of KVM, of runs, and of both."""
+    kinds = {
+        "of KVM": list(distinct_kvm(1000)),
+        "of runs": list(distinct_runs(1000)),
+        "of both": [*distinct_kvm(500), *distinct_runs(500)],
+    }
+    for name, records in kinds.items():
+        with tempfile.TemporaryDirectory() as text:
+            for number, raw in enumerate(records):
+                Path(text, f"{number:04}.json").write_bytes(raw)
+            begin = time.monotonic()
+            command = [sys.executable, "-m", "probe", "migrate", text]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TOP)
+            seconds = time.monotonic() - begin
+        assert done.returncode == 1, done.stderr
+        assert "1000 records, 1000 kinds of machine" in done.stdout, done.stdout[:200]
+        figure(f"migrate over 1,000 records {name}, all different", seconds, 5, "s")
 
 
 def kvm_figures() -> None:
@@ -131,4 +140,4 @@ def kvm_figures() -> None:
     default_run()
     random_programs()
     policy_path()
-    pool_of_records()
+    pools_of_records()
