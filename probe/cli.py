@@ -484,6 +484,26 @@ def _run_in_kvm(arguments: argparse.Namespace) -> int:
 
 
 def _kvm(arguments: argparse.Namespace) -> int:
+    """Do a sub-command of kvm; where a policy of the user's own runs, in a process that it may end or crash."""
+    given = [getattr(arguments, name, None) for name in ("policy", "compare", "from_policy", "to_policy")]
+    return _beside_policies(given, lambda: _kvm_here(arguments))
+
+
+def _beside_policies(names: Sequence[str | None], work: Callable[[], int]) -> int:
+    """Do work, in a process of its own if there are files among these policies."""
+    if not any(name and name.endswith(".py") for name in names):
+        return work()
+    from kernel_harness.kvm.policed import lost
+    from kernel_harness.kvm.policy_file import file_names
+    from kernel_harness.kvm.processes import ProcessLost, apart
+
+    try:
+        return apart(work)
+    except ProcessLost as error:
+        raise lost(" or ".join(file_names(names)), error) from None
+
+
+def _kvm_here(arguments: argparse.Namespace) -> int:
     if arguments.kvm_command == "replay":
         return _kvm_replay(arguments)
     if arguments.kvm_command == "explore":
@@ -752,16 +772,12 @@ def _asked_inside(inside: Sequence[str]) -> argparse.Namespace:
     from kernel_harness.kvm.policy_file import find
     from probe.models.migration import BY_NAME
 
-    if asked.kvm_command == "policy":
-        if not asked.policy:
-            raise unfit
-        find(asked.policy)
-    if asked.kvm_command == "migrate":
-        for name in (asked.from_policy, asked.to_policy):
-            if name:
-                find(name)
-        if asked.rule not in BY_NAME:
-            raise UsageError(f"no rule is called {asked.rule!r}", f"one of: {', '.join(BY_NAME)}")
+    if asked.kvm_command == "policy" and not asked.policy:
+        raise unfit
+    names = [name for name in (given.get(key) for key in ("policy", "from_policy", "to_policy")) if name]
+    _beside_policies(names, lambda: len([find(name) for name in names]))
+    if asked.kvm_command == "migrate" and asked.rule not in BY_NAME:
+        raise UsageError(f"no rule is called {asked.rule!r}", f"one of: {', '.join(BY_NAME)}")
     return asked
 
 

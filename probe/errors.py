@@ -89,6 +89,10 @@ class RecordError(ProbeError):
     """A record, journal or CPUID dump cannot be read or written."""
 
 
+class PolicyError(ProbeError):
+    """The file of a policy is not what it should be, or its code ended the process that asked it."""
+
+
 class NotRestored(ProbeError):
     """A register could not be put back, or that it was put back could not be verified."""
 

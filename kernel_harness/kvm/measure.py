@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 
 from kernel_harness.kvm.guest_code import READ, WRITE, Step
 from kernel_harness.kvm.host import backend
 from kernel_harness.kvm.machine import Kvm, ticking
-from kernel_harness.kvm.policed import Judge, maker
+from kernel_harness.kvm.policed import Judge, lost, maker
+from kernel_harness.kvm.processes import ProcessLost, in_order
 from kernel_harness.kvm.runner import Cpuids, Laboratory, Make, plain
+from probe.errors import ProbeError
 from probe.models.machine import PRED_CMD, SPEC_CTRL, VIRT_SPEC_CTRL, Hardware, Host
 from probe.models.matrix import Measured
 from probe.models.profile import NONE, Profile, parse_profile
@@ -183,23 +184,19 @@ def _pred_cmd(kvm: Kvm, cpuids: Cpuids, profile: Profile) -> int:
 
 # --- on every core ---------------------------------------------------------------------------------------------------
 
-_worker: tuple[Kvm, Cpuids, Make, Judge | None] | None = None
+_Row = tuple[Measured, dict[str, int]]
 
 
-def _begin(judge: Judge | None, host: Host | None) -> None:
-    global _worker
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    kvm = Kvm()
-    _worker = kvm, Cpuids(kvm), maker(judge, host), judge
+@contextlib.contextmanager
+def _worker(judge: Judge | None, host: Host | None) -> Iterator[Callable[[Profile], _Row]]:
+    with Kvm() as kvm, ticking():
+        cpuids, make = Cpuids(kvm), maker(judge, host)
 
+        def one(profile: Profile) -> _Row:
+            row = measure_profile(kvm, cpuids, profile, make)
+            return row, judge.take_complaints() if judge is not None else {}
 
-def _one(profile: Profile) -> tuple[Measured, dict[str, int]]:
-    assert _worker is not None
-    kvm, cpuids, make, judge = _worker
-    with ticking():
-        row = measure_profile(kvm, cpuids, profile, make)
-    return row, judge.take_complaints() if judge is not None else {}
+        yield one
 
 
 def measure(
@@ -224,14 +221,20 @@ def measure(
     return rows
 
 
-def _rows(
-    profiles: Sequence[Profile], jobs: int, judge: Judge | None, host: Host | None
-) -> Iterator[tuple[Measured, dict[str, int]]]:
+def _rows(profiles: Sequence[Profile], jobs: int, judge: Judge | None, host: Host | None) -> Iterator[_Row]:
     if jobs == 1:
         with Kvm() as kvm, ticking():
             cpuids, make = Cpuids(kvm), maker(judge, host)
             for profile in profiles:
                 yield measure_profile(kvm, cpuids, profile, make), {}
         return
-    with multiprocessing.get_context("fork").Pool(jobs, _begin, (judge, host)) as pool:
-        yield from pool.imap(_one, profiles, chunksize=1)
+    try:
+        yield from in_order(
+            profiles, jobs, lambda: _worker(judge, host), lambda number: f"on guests with {profiles[number]}"
+        )
+    except ProcessLost as error:
+        raise (lost(judge.policy.name, error) if judge is not None else _killed(error)) from None
+
+
+def _killed(error: ProcessLost) -> ProbeError:
+    return ProbeError(f"a process that measures guests has ended ({error.message})", "run it again; --jobs 1: in one")

@@ -7,14 +7,17 @@ RDMSR), what the policy completes goes to the vCPU with KVM_SET_MSRS. Both since
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kernel_harness.kvm import guest_code, uapi
 from kernel_harness.kvm.guest_code import Step
 from kernel_harness.kvm.machine import RUN_SECONDS, Kvm, Vcpu, hurry
+from kernel_harness.kvm.processes import ProcessLost, by_user
 from kernel_harness.kvm.runner import Cpuids, Laboratory, Make, plain
-from probe.errors import RequirementMissing
+from probe.errors import PolicyError, RequirementMissing
 from probe.models.machine import DENY_READ, DENY_WRITE, SPEC_CTRL, Host
 from probe.models.policy import Decision, Fate, Policy, VcpuState, fault, opener_for
 from probe.models.profile import Profile
@@ -53,16 +56,21 @@ class Judge:
         self.asked += 1
         if self._loops >= _MOST_LOOPS:
             return self._complain("was not asked any more")
+        stdout, sys.stdout = sys.stdout, sys.stderr  # a policy that prints must not print into our JSON
         try:
             with hurry(_DECIDE_SECONDS):
                 decision = self.policy.decide(host, guest, state, value)
         except TimeoutError:
             self._loops += 1
             return self._complain(f"took longer than {_DECIDE_SECONDS:g} s")
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # a policy may raise whatever it likes, SystemExit and GeneratorExit too
+            if isinstance(error, KeyboardInterrupt) and by_user(error):
+                raise
             return self._wrong(f"raised {type(error).__name__}", error)
+        finally:
+            sys.stdout = stdout
+        if inspect.iscoroutine(decision):
+            decision.close()  # or Python says on stderr that nobody awaited it
         if type(decision) is not Decision or type(decision.fate) is not Fate:
             return self._wrong(f"returned {type(decision).__name__}, no Decision", decision)
         for number in (decision.value, decision.shadow):
@@ -94,11 +102,16 @@ def text_of(value: object) -> str:
     """Return what a policy's value or exception says of itself, shortly and printable, whatever it does to be asked."""
     try:
         text = ascii(str(value))[1:-1]
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and by_user(error):
+            raise
         return "and cannot say what"
     return text[:60]
+
+
+def lost(policy: str, error: ProcessLost) -> PolicyError:
+    """Return the error that a policy's code ended the process in which it ran."""
+    return PolicyError(f"the policy {policy} ended the process in which it ran ({error.message})")
 
 
 class PolicedLaboratory(Laboratory):

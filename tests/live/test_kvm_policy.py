@@ -279,6 +279,63 @@ def test_ctrl_c_while_a_policy_decides(tmp_path: Path) -> None:
         assert "internal error" not in said
 
 
+def run_policy(path: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "probe", "kvm", *more, path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("line", ["os._exit(0)", "ctypes.string_at(0)"])
+def test_a_policy_that_ends_its_process_ends_the_run_with_3(line: str, tmp_path: Path) -> None:
+    """Among the workers of the matrix, and where a guest moves."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"import ctypes, os\ndef decide(host, guest, vcpu, value):\n    {line}\n")
+    (tmp_path / "p").write_text("profile AMD_IBRS; guest-wr 0x48 0x1")
+    for more in (
+        ("policy", "--profile", "AMD_IBRS", "--record", "-"),
+        ("policy", "--profile", "AMD_IBRS", "--record", "-", "--jobs", "1"),
+        ("migrate", tmp_path / "p", "--from-policy"),
+    ):
+        done = run_policy(path, *more)
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        assert "the policy mine.py ended the process in which it ran" in done.stderr
+
+
+def test_a_keyboard_interrupt_of_a_policy_is_one_of_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def decide(host, guest, vcpu, value):\n    raise KeyboardInterrupt\n")
+    done = run_policy(path, "policy", "--profile", "AMD_IBRS", "--record", "-")
+    assert done.returncode == 3
+    assert "raised KeyboardInterrupt" in done.stdout
+
+
+def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    """Not even if the policy is in C code that does not return."""
+    path = tmp_path / "mine.py"
+    path.write_text("def decide(host, guest, vcpu, value):\n    sum(range(10**12))\n")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "probe", "kvm", "policy", path, "--profile", "AMD_IBRS", "--profile", "AMD_STIBP"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(4)
+    os.killpg(running.pid, signal.SIGINT)
+    out, said = running.communicate(timeout=30)
+    assert (running.returncode, out) == (130, ""), said
+    assert said.splitlines()[-1] == "spec-ctrl-probe: interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
+
+
 def test_a_policys_own_run_leaves_no_record_if_it_did_not_decide(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def decide(host, guest, vcpu, value):\n    return compleet(value)\n")
     done = subprocess.run(

@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +19,9 @@ from hypothesis import strategies as st
 
 from kernel_harness.kvm.policed import Judge
 from kernel_harness.kvm.policy_file import EXAMPLE, find
+from kernel_harness.kvm.processes import ProcessLost, apart, in_order
 from probe.cli import main, without_paths
-from probe.errors import RecordError, UsageError
+from probe.errors import ExitCode, PolicyError, ProbeError, RecordError, RequirementMissing, UsageError
 from probe.kvm_record import decode as decode_kvm
 from probe.masks import ALL_BITS
 from probe.models import machines
@@ -181,7 +188,7 @@ def test_ctrl_c_in_a_policy_is_ctrl_c() -> None:
 @pytest.mark.parametrize("line", ["raise GeneratorExit", "raise KeyError(1)", "import sys; sys.exit(1)", "1/0"])
 def test_a_file_that_raises_when_it_is_loaded(line: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(line + "\n")
-    with pytest.raises(UsageError, match="raises when it is loaded"):
+    with pytest.raises(PolicyError, match="raises when it is loaded"):
         find(str(tmp_path / "mine.py"))
 
 
@@ -238,14 +245,126 @@ def test_the_example_works(tmp_path: Path) -> None:
         ("def decide(:", "cannot use the policy"),
         ("x = 1", r"has no function decide\(host, guest, vcpu, value\)"),
         ("while True: pass", "does not come to an end when it is loaded"),
+        ("async def decide(host, guest, vcpu, value): ...", "returns no Decision but a coroutine or generator"),
+        ("def decide(host, guest, vcpu, value): yield", "returns no Decision but a coroutine or generator"),
     ],
 )
 def test_a_file_that_is_no_policy(text: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernel_harness.kvm.policy_file._LOAD_SECONDS", 0.3)
     path = tmp_path / "mine.py"
     path.write_text(text)
-    with pytest.raises(UsageError, match=why):
+    with pytest.raises(PolicyError, match=why) as raised:
         find(str(path))
+    assert raised.value.exit_code is ExitCode.FAILED
+
+
+def test_a_pipe_is_no_policy(tmp_path: Path) -> None:
+    """Nobody may ever write into it."""
+    os.mkfifo(tmp_path / "mine.py")
+    with pytest.raises(PolicyError, match="no regular file"):
+        find(str(tmp_path / "mine.py"))
+
+
+def test_a_file_is_a_module_with_others_beside_it(tmp_path: Path) -> None:
+    """The dataclass looks for its module; each file gets the neighbour of its own folder."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "neighbour_of_a_policy.py").write_text(f"NAME = {folder!r}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "from neighbour_of_a_policy import NAME\n@dataclass\nclass Rule:\n    name: str = NAME\n"
+            "def decide(host, guest, vcpu, value):\n    raise OSError(Rule().name)\n"
+        )
+    path = list(sys.path)
+    found = [find(str(tmp_path / folder / "mine.py")) for folder in ("one", "two")]
+    assert sys.path == path
+    for policy, folder in zip(found, ("one", "two")):
+        judge = Judge(policy)
+        judge(IDEAL, EMPTY, VcpuState(), 1)
+        assert judge.complaints == {f"raised OSError ({folder})": 1}
+
+
+def test_what_a_policy_prints_is_not_in_our_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os\nfrom probe.models.policy import complete\nprint('loaded')\nos.system('echo a program')\n"
+        "def decide(host, guest, vcpu, value):\n    print('decides')\n    os.write(1, b'file 1\\n')\n"
+        "    return complete(value)\n"
+    )
+    assert main(["kvm", "policy", str(path), "--table"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith(" ")
+    for words in ("loaded", "a program", "decides", "file 1"):
+        assert words not in out
+        assert words in err
+
+
+@pytest.mark.parametrize("line", ["os._exit(0)", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_policy_that_ends_its_process_is_told(
+    line: str, inside: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"import ctypes, os\ndef decide(host, guest, vcpu, value):\n    {line}\n" + ("" if inside else line)
+    )
+    assert main(["kvm", "policy", "emulate", "--compare", str(path)]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "the policy mine.py ended the process in which it ran" in err
+    if not inside:
+        assert main(["boot", "--kernels", "host", "--", "kvm", "policy", str(path)]) == 3
+
+
+def test_a_keyboard_interrupt_of_a_policy_is_not_ctrl_c(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def decide(host, guest, vcpu, value):\n    raise KeyboardInterrupt\n")
+    assert main(["kvm", "policy", "emulate", "--compare", str(path)]) == 3
+    assert "policy mine.py raised KeyboardInterrupt" in capfd.readouterr().err
+    path.write_text("raise KeyboardInterrupt\n")
+    assert main(["kvm", "policy", "emulate", "--compare", str(path)]) == 3
+
+
+def test_work_apart_returns_and_raises_what_it_does() -> None:
+    def wrong() -> int:
+        raise RequirementMissing("no device", "make one")
+
+    assert apart(lambda: 7) == 7
+    with pytest.raises(RequirementMissing, match=r"no device \(make one\)"):
+        apart(wrong)
+    with pytest.raises(ProbeError, match="internal error"):
+        apart(lambda: lambda: 7)
+
+
+def _many(work: Callable[[int], int], tasks: int = 12) -> list[int]:
+    return list(in_order(range(tasks), 2, lambda: contextlib.nullcontext(work), lambda number: f"in task {number}"))
+
+
+def test_many_tasks_come_back_in_order() -> None:
+    def slow_at_first(task: int) -> int:
+        time.sleep(0.2 if task == 0 else 0)
+        return task * task
+
+    assert _many(slow_at_first) == [task * task for task in range(12)]
+    assert _many(slow_at_first, 0) == []
+
+
+def test_a_worker_that_ends_is_noticed() -> None:
+    def ends(task: int) -> int:
+        if task == 5:
+            os._exit(0)
+        return task
+
+    with pytest.raises(ProcessLost, match="exit code 0, in task 5"):
+        _many(ends)
+    with pytest.raises(RequirementMissing, match="no device"):
+        _many(lambda task: next(_raise(RequirementMissing("no device"))))
+    assert not multiprocessing.active_children()
+
+
+def _raise(error: Exception) -> Iterator[int]:
+    raise error
+    yield 0
 
 
 def test_names_that_are_none() -> None:
@@ -528,13 +647,13 @@ def test_several_machines_of_one_kind_that_break_count() -> None:
 
 @pytest.mark.parametrize("argument", ["--compare", "--table"])
 def test_a_bad_policy_is_told_wherever_it_is_asked(
-    argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argument: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.py"
     path.write_text("import sys\ndef decide(host, guest, vcpu, value):\n    sys.exit(0)\n")
     more = ["emulate"] if argument == "--compare" else []
     assert main(["kvm", "policy", str(path), argument, *more]) == 3
-    assert "policy mine.py raised SystemExit" in capsys.readouterr().err
+    assert "policy mine.py raised SystemExit" in capfd.readouterr().err
 
 
 def test_a_folder_with_other_files_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
