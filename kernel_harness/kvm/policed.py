@@ -161,7 +161,7 @@ class PolicedLaboratory(Laboratory):
         """
         super().init(vcpu)
         known = self._known[vcpu]
-        known.state = VcpuState()
+        known.state, known.opened = VcpuState(), False
         if not (known.through or self._policy.opens):
             known.state = VcpuState(self._policy.initial(self._host))
             vcpu.set_msr(SPEC_CTRL, known.state.value)

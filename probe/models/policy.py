@@ -73,8 +73,9 @@ Decide = Callable[[Host, Profile, VcpuState, int], Decision]
 class Policy:
     """A policy by name.
 
-    reads: guest reads come to us, too, and get the shadow. opens: nothing comes to us; before the guest's first access
-    KVM is brought to let it through, if its CPUID has the register: a value that KVM takes is written, and taken back.
+    reads: guest reads come to us, too, and get the shadow. opens: nothing comes to us; before the guest's first access,
+    and the first after INIT, KVM is brought to let it through, if its CPUID has the register: a value that KVM takes is
+    written, and taken back.
     initial: the value that a vCPU gets when it is created, and after INIT.
     """
 
@@ -324,7 +325,7 @@ class PolicyMachine:
             return self._denying(replace(state, denied=asked)), Word.OK
         after, answer = self._by_kernel(state, operation)
         if kind is Kind.INIT:
-            after = replace(after, vcpu=VcpuState())
+            after = replace(after, vcpu=VcpuState(), opened=False)  # kvm_amd of v6.17 and later intercepts again
             if not (state.through or self.policy.opens):
                 value = self.policy.initial(state.kernel.host)
                 after = self._by_kernel(after, Operation(Kind.HOST_SET, SPEC_CTRL, value))[0]

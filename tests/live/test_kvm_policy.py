@@ -19,10 +19,10 @@ from kernel_harness.kvm import uapi
 from kernel_harness.kvm.commands import migrate, policy_costs
 from kernel_harness.kvm.explore import explore
 from kernel_harness.kvm.host import features
-from kernel_harness.kvm.machine import Kvm, ticking
+from kernel_harness.kvm.machine import Kvm, Vcpu, ticking
 from kernel_harness.kvm.measure import measure, measure_host
 from kernel_harness.kvm.migrate import Destination, Leaving, Station
-from kernel_harness.kvm.policed import Judge, PolicedLaboratory, maker
+from kernel_harness.kvm.policed import Judge, PolicedLaboratory, _Known, maker
 from kernel_harness.kvm.policy_file import find
 from kernel_harness.kvm.runner import Cpuids, run_program
 from kernel_harness.kvm.study import kernel_model, study
@@ -94,6 +94,20 @@ def test_a_policy_that_answers_reads_too(kvm: Kvm, cpuids: Cpuids, host: Host) -
     said = run_program(kvm, cpuids, parse(text)[0], maker(Judge(BY_NAME["forced-shadow"]), host))
     assert said[:3] == [Word.OK, 0x2, 0x2]
     assert said[-1] is Word.GP
+
+
+def test_pass_through_opens_again_after_init(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
+    opened = []
+
+    class Watched(PolicedLaboratory):
+        def _open(self, vcpu: Vcpu, known: _Known) -> None:
+            opened.append(vcpu)
+            super()._open(vcpu, known)
+
+    program = parse("profile AMD_STIBP; guest-rd 0x48; guest-rd 0x48; init; guest-rd 0x48")[0]
+    with Watched(kvm, cpuids, Judge(BY_NAME["pass-through"]), host, irqchip=True) as laboratory:
+        laboratory.run(program)
+    assert len(opened) == 2
 
 
 def test_a_policy_that_raises_costs_its_own_writes_and_is_told(tmp_path: Path) -> None:

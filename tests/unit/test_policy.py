@@ -47,6 +47,8 @@ from probe.models.policy import (
 from probe.models.profile import ALL_FEATURES, EMPTY, NAMED, Profile, parse_profile
 from probe.models.program import format_answer, parse
 from probe.pool import Advice, Place, advise, grouped, move, place_of
+from probe.models.program import Kind, format_answer, parse
+from probe.pool import Place, grouped, mended, move, place_of
 from probe.record import decode
 from probe.report import migrate_text, policy_text
 
@@ -110,6 +112,17 @@ def test_forced_and_shadow() -> None:
     state, _ = forced.step(state, parse("profile none; init")[0].operations[0])
     assert (state.kernel.value, state.vcpu.shadow) == (0x400, 0), "and after INIT"
     assert run("forced-shadow", text, ZEN2) == "ok 0x2 0x2", "hardware without the bit: nothing to force"
+
+
+@pytest.mark.parametrize("kernel", ["kvm-6.19-svm", "kvm-6.17-svm", "kvm-6.1-svm", "kvm-6.19-vmx"])
+def test_pass_through_is_that_after_init_too(kernel: str) -> None:
+    """kvm_amd intercepts again at INIT from v6.17 on."""
+    machine = PolicyMachine(BY_NAME["pass-through"], machines.get(kernel))
+    state = machine.start(parse_profile("SPEC_CTRL,AMD_STIBP"), IDEAL)
+    for operation in parse("profile none; guest-rd 0x48; init; guest-rd 0x48")[0].operations:
+        state, _ = machine.step(state, operation)
+        if operation.kind is not Kind.INIT:
+            assert state.kernel.direct
 
 
 def test_a_dropped_write_changes_nothing() -> None:
