@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kernel_harness.kvm import guest_code
 from kernel_harness.kvm.guest_code import Step
 from kernel_harness.kvm.machine import Kvm, Vcpu, ticking
 from kernel_harness.kvm.policed import Judge, PolicedLaboratory
 from kernel_harness.kvm.runner import Cpuids, Laboratory
-from probe.models.cost import Cost, Costs
+from probe.models.cost import Cost, Costs, Row
 from probe.models.machine import SPEC_CTRL, Host
 from probe.models.policy import has_register
 from probe.models.profile import Profile, parse_profile
@@ -47,38 +48,56 @@ def guest_for(host: Host) -> Profile:
 def measure_costs(
     judges: Sequence[Judge], host: Host, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Costs:
-    """Measure all in one run, on fresh vCPUs; every bit is tried first, so that a policy may let the guest through."""
+    """Measure all in one run, on fresh vCPUs; every bit is tried first, so that a policy may let the guest through.
+
+    Policies are told that the host has the guest's CPUID bits: one that asks for them would not let the guest through
+    where KVM offers none, and its cost would be that of another.
+    """
     guest = guest_for(host)
-    opener = host.hardware.tested & -host.hardware.tested
-    found: list[tuple[str, Cost, Cost]] = []
+    lent = Profile(guest.mask & ~(host.features | host.caps))
+    told = replace(host, features=host.features | guest.mask, caps=host.caps | guest.mask)
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
         with Laboratory(kvm, cpuids) as plain:
-            vcpu = plain.vcpu(guest)
-            khz = vcpu.get_tsc_khz()
-            bare = [
-                _timed(plain, vcpu, "nothing: the timing itself", guest_code.TIMED_NOTHING),
-                _timed(plain, vcpu, "CPUID: an exit to KVM", guest_code.TIMED_CPUID),
-                _timed(plain, vcpu, "OUT: an exit to this VMM", guest_code.TIMED_OUT),
-            ]
-            found.append(_pair(plain, vcpu, "KVM alone, before the guest was let through"))
-            vcpu = plain.vcpu(guest)
-            if opener and plain.host_set(vcpu, SPEC_CTRL, opener):
-                found.append(_pair(plain, vcpu, "KVM alone, after it"))
+            khz, bare, alone, through = _alone(plain, guest, host.hardware.tested & -host.hardware.tested)
+        rows = []
         for number, judge in enumerate(judges):
             progress(number, len(judges))
-            with PolicedLaboratory(kvm, cpuids, judge, host) as laboratory:
+            laboratory = PolicedLaboratory(kvm, cpuids, judge, told)
+            with laboratory:
                 vcpu = laboratory.vcpu(guest)
                 tries = [Step(guest_code.WRITE, SPEC_CTRL, 1 << bit) for bit in range(64)]
                 took = not all(result.faulted for result in laboratory.guest(vcpu, tries))
-                found.append(_pair(laboratory, vcpu, judge.policy.name + ("" if took else ", which took no bit here")))
+                costs = _pair(laboratory, vcpu)
+                rows.append(Row(judge.policy.name, *costs, took=took, let_through=laboratory.lets_through(vcpu)))
         progress(len(judges), len(judges))
-    return Costs(khz, tuple(bare), tuple(found))
+    return Costs(khz, bare, alone, through, tuple(rows), str(lent) if lent.mask else "")
 
 
-def _pair(laboratory: Laboratory, vcpu: Vcpu, name: str) -> tuple[str, Cost, Cost]:
+def _alone(
+    laboratory: Laboratory, guest: Profile, opener: int
+) -> tuple[int, tuple[Cost, ...], tuple[Row, ...], Cost | None]:
+    """Time guests under KVM alone: the TSC in kHz, bare exits, both kinds of rows, and the write that is let through.
+
+    opener is a value that KVM takes from the host, 0 if there is none.
+    """
+    vcpu = laboratory.vcpu(guest)
+    khz = vcpu.get_tsc_khz()
+    bare = (
+        _timed(laboratory, vcpu, "nothing: the timing itself", guest_code.TIMED_NOTHING),
+        _timed(laboratory, vcpu, "CPUID: an exit to KVM", guest_code.TIMED_CPUID),
+        _timed(laboratory, vcpu, "OUT: an exit to this VMM", guest_code.TIMED_OUT),
+    )
+    before = Row("KVM alone, before the guest was let through", *_pair(laboratory, vcpu))
+    vcpu = laboratory.vcpu(guest)
+    if not opener or not laboratory.host_set(vcpu, SPEC_CTRL, opener):
+        return khz, bare, (before,), None
+    after = Row("KVM alone, after it", *_pair(laboratory, vcpu), let_through=True)
+    return khz, bare, (before, after), after.write
+
+
+def _pair(laboratory: Laboratory, vcpu: Vcpu) -> tuple[Cost, Cost]:
     return (
-        name,
         _timed(laboratory, vcpu, "WRMSR", guest_code.TIMED_WRITE),
         _timed(laboratory, vcpu, "RDMSR", guest_code.TIMED_READ),
     )

@@ -31,7 +31,7 @@ TIMED_WRITE, TIMED_READ, TIMED_CPUID, TIMED_OUT, TIMED_NOTHING = 3, 4, 5, 6, 7
 TIMED_PORT = 0x81
 _DONE = 2
 
-ASSEMBLY = """
+ASSEMBLY = r"""
         .code16
         .org    0
 start:  xorw    %ax, %ax            # cs:ip is 0:0x1000, by the far jump at the reset vector
@@ -61,33 +61,31 @@ ahead:  addw    $16, %si
 done:   movb    $2, 1(%si)
         outb    %al, $0x80
         jmp     start
-timed:  lfence                      # edi: the time before; what is asked between; the cycles into the row
-        movb    %al, %bl
+        .macro  timing what:vararg  # edi: the time before; then nothing but what is asked; the cycles into the row
+        lfence
         rdtsc
         movl    %eax, %edi
         movl    8(%si), %eax
         movl    12(%si), %edx
-        cmpb    $4, %bl
-        jb      twrmsr
-        je      trdmsr
-        cmpb    $6, %bl
-        jb      tcpuid
-        je      tout
-        jmp     after
-twrmsr: wrmsr
-        jmp     after
-trdmsr: rdmsr
-        jmp     after
-tcpuid: xorl    %eax, %eax
-        cpuid
-        jmp     after
-tout:   outb    %al, $0x81
-after:  lfence
+        \what
+        lfence
         rdtsc
         subl    %edi, %eax
         movl    %eax, 8(%si)
         movl    $0, 12(%si)
         jmp     ahead
+        .endm
+timed:  cmpb    $4, %al             # told apart before the clock runs: that takes as long as an access
+        jb      twrmsr
+        je      trdmsr
+        cmpb    $6, %al
+        jb      tcpuid
+        je      tout
+        timing
+twrmsr: timing  wrmsr
+trdmsr: timing  rdmsr
+tcpuid: timing  cpuid               # leaf 0: the row's value
+tout:   timing  outb %al, $0x81
 fault:  movb    $1, 1(%si)          # in real mode #GP pushes no error code: ip, cs, flags
         movw    %sp, %bp
         movw    $ahead + 0x1000, (%bp)
@@ -95,10 +93,13 @@ fault:  movb    $1, 1(%si)          # in real mode #GP pushes no error code: ip,
 """
 
 CODE = bytes.fromhex(
-    "31c08ed88ed0bc0010c70634009510a33600be00208a0484c07429668b4c04c64401003c02740e7723668b4408668b54"
-    "0c0f30eb0a0f32668944086689540c83c610ebd1c6440102e680ebb40faee888c30f316689c7668b4408668b540c80fb"
-    "04720b740d80fb06720c7411eb110f30eb0d0f32eb096631c00fa2eb02e6810faee80f316629f86689440866c7440c00"
-    "000000ebaac644010189e5c746003f10cf"
+    "31c08ed88ed0bc0010c70634002311a33600be00208a0484c07429668b4c04c64401003c02740e7723668b4408668b54"
+    "0c0f30eb0a0f32668944086689540c83c610ebd1c6440102e680ebb43c04723074563c06727b0f84a0000faee80f3166"
+    "89c7668b4408668b540c0faee80f316629f86689440866c7440c00000000ebbf0faee80f316689c7668b4408668b540c"
+    "0f300faee80f316629f86689440866c7440c00000000eb970faee80f316689c7668b4408668b540c0f320faee80f3166"
+    "29f86689440866c7440c00000000e96eff0faee80f316689c7668b4408668b540c0fa20faee80f316629f86689440866"
+    "c7440c00000000e945ff0faee80f316689c7668b4408668b540ce6810faee80f316629f86689440866c7440c00000000"
+    "e91cffc644010189e5c746003f10cf"
 )
 JUMP = bytes.fromhex("ea00100000")  # ljmp $0x0, $0x1000, for the reset vector
 

@@ -202,9 +202,14 @@ class PolicedLaboratory(Laboratory):
             return super().saved_value(vcpu)
         return known.state.shadow if self._policy.reads else known.state.value
 
+    def lets_through(self, vcpu: Vcpu) -> bool:
+        """Tell whether the guest's writes do not come to us, or no more."""
+        return self._policy.opens or self._known[vcpu].through
+
     def _write(self, vcpu: Vcpu, known: _Known, value: int, *, by_host: bool) -> bool:
         """Ask about one write and carry the decision out; tell whether it succeeds."""
-        decision = self._judge(self._host, known.profile, replace(known.state, by_host=by_host), value)
+        told = replace(known.state, by_host=True) if by_host else known.state  # every exit comes by here
+        decision = self._judge(self._host, known.profile, told, value)
         if decision.fate is not Fate.COMPLETE:
             return decision.fate is Fate.DROP
         if not vcpu.set_msr(SPEC_CTRL, decision.value):

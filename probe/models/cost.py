@@ -17,17 +17,40 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Row:
+    """What a write and a read cost under one rule.
+
+    took is False if that took no bit from the guest; let_through: its writes are KVM's alone by now.
+    """
+
+    name: str
+    write: Cost
+    read: Cost
+    took: bool = True
+    let_through: bool = False
+
+
+@dataclass(frozen=True)
 class Costs:
-    """All costs of one run; khz is the guest's TSC."""
+    """All costs of one run; khz is the guest's TSC.
+
+    bare: the timing itself, CPUID and OUT. alone: under KVM alone. through: a write of a guest that KVM has let
+    through, against which others are held; None if it lets none through. lent: CPUID bits of the guest that the host
+    does not have, and that policies were told it has.
+    """
 
     khz: int
     bare: tuple[Cost, ...]
-    policies: tuple[tuple[str, Cost, Cost], ...]  # name, write, read
+    alone: tuple[Row, ...]
+    through: Cost | None
+    policies: tuple[Row, ...]
+    lent: str = ""
 
 
-def switches_for_one_percent(costs: Costs, write: Cost) -> int | None:
-    """Return how many context switches per second cost 1 % of a CPU if each writes the register once."""
-    nothing = costs.bare[0].median
-    if write.median is None or nothing is None or write.median <= nothing:
+def switches_for_one_percent(costs: Costs, each: Cost) -> int | None:
+    """Return how many context switches per second cost 1 % of a CPU more, if each does this instead of a let-through
+    WRMSR; None if it is not told apart from that, or nothing is let through."""
+    through = costs.through.median if costs.through is not None else None
+    if each.median is None or through is None or each.low <= through:
         return None
-    return round(costs.khz * 1000 / 100 / (write.median - nothing))
+    return round(costs.khz * 1000 / 100 / (each.median - through))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from probe.models.cost import Cost, Costs, switches_for_one_percent
+from probe.models.cost import Cost, Costs, Row, switches_for_one_percent
 from probe.models.difference import Difference
 from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus, forgets
 from probe.models.machine import DENY_READ, DENY_WRITE, Machine
@@ -67,37 +67,53 @@ def summary(machines: Sequence[PolicyMachine], rule: Rule, found: Costs | None) 
 
     found is what was measured, None if nothing was.
     """
-    heads = [f"{'':<25}{'guests:':>8}{'bits':>9}{'moves:':>8}{'':>5}  {'come':<8}"]
-    heads.append(f"{'policy':<25}{'take #GP':>8}{'forgot':>9}{'refused':>8}{'lost':>5}  {'to VMM':<8}")
+    heads = [f"{'':<24}{'guests:':>8}{'bits':>7}{'moves:':>8}{'':>5}  {'come':<6}"]
+    heads.append(f"{'policy':<24}{'take #GP':>8}{'forgot':>7}{'refused':>8}{'lost':>5}  {'to VMM':<6}")
     if found is not None:
-        heads[0] += f"{'WRMSR,':>9}"
-        heads[1] += f"{'cycles':>9}"
+        heads[0] += f"{'WRMSR,':>7}{'1 % at':>8}"
+        heads[1] += f"{'cycles':>7}{'/ s':>8}"
     lines = [head.rstrip() for head in heads]
-    measured = {name.partition(",")[0]: (name, write) for name, write, _ in found.policies} if found else {}
     for machine in machines:
         dead = sum(breaks(machine, cpu, system) is not None for cpu in cpus() for system in SYSTEMS)
         words = [done.word for *_, done in broken_moves(machine, rule)]
         forgetful = sum(forgets(machine, cpu) != 0 for cpu in cpus())
-        line = f"{machine.policy.name[:24]:<25}{dead:>8}{forgetful:>9}"
+        line = f"{machine.policy.name[:24]:<24}{dead:>8}{forgetful:>7}"
         line += f"{words.count('refused'):>8}{words.count('lost'):>5}"
-        line += f"  {_ASKED[machine.asked_for(STUDY_CPU.guest, STUDY_CPU.host)]:<8}"
-        if machine.policy.name in measured:
-            name, write = measured[machine.policy.name]
-            line += f"{'#GP' if write.median is None else format(write.median, ','):>9}{'*' if ',' in name else ''}"
+        line += f"  {_ASKED[machine.asked_for(STUDY_CPU.guest, STUDY_CPU.host)]:<6}"
+        if found is not None:
+            line += "".join(_cells(found, row) for row in found.policies if row.name == machine.policy.name)
         lines.append(line.rstrip())
+    return joined([*lines, "", *_legend(rule, found)])
+
+
+def _cells(found: Costs, row: Row) -> str:
+    """Return the two columns of a policy's cost; of one that took no bit nothing is told: it would be another's."""
+    if not row.took:
+        return f"{'-':>7}{'-':>8}"
+    if row.write.median is None:
+        return f"{'#GP':>7}{'-':>8}"
+    per_second = None if row.let_through else switches_for_one_percent(found, row.write)
+    return f"{row.write.median:>7,}{'-' if per_second is None else format(per_second, ','):>8}"
+
+
+def _legend(rule: Rule, found: Costs | None) -> list[str]:
     each = len(cpus())
-    lines += [
-        "",
-        *paragraph(
-            f"guests: of {each * len(SYSTEMS)}, {len(SYSTEMS)} systems on {each} named CPUs. forgot: on how many of "
-            "these a write of a bit that the guest's CPUID enumerates succeeds and does nothing. moves: of "
-            f"{each * (each - 1)} between these CPUs, by the rule of {rule.name}. to VMM: the accesses of a guest "
-            "that has set a bit that still come to it, an exit each; KVM answers the others, or nobody needs to."
-        ),
-    ]
-    if any("," in name for name, _ in measured.values()):
-        lines += paragraph("* took no bit on this machine, so that its guest was not let through when it was timed")
-    return joined(lines)
+    lines = paragraph(
+        f"guests: of {each * len(SYSTEMS)}, {len(SYSTEMS)} systems on {each} named CPUs (one of them, psfd-only, is a "
+        "guest's CPUID that no CPU is known to have). forgot: on how many of these a write of a bit that the guest's "
+        f"CPUID enumerates succeeds and does nothing. moves: of {each * (each - 1)} between these CPUs, by the rule of "
+        f"{rule.name}. to VMM: the accesses of a guest that has set a bit that still come to it, an exit each; KVM "
+        "answers the others, or nobody needs to."
+    )
+    if found is not None:
+        lines += paragraph(
+            "WRMSR: the guest's, the timing itself with it. 1 %: at how many context switches a second that write the "
+            "register once it costs 1 % of a CPU more than a write that KVM lets through; -: it is one, or cannot be "
+            "told from one"
+        )
+    if found is not None and not all(row.took for row in found.policies):
+        lines += paragraph("a policy with - in both columns took no bit on this machine: its cost was not seen")
+    return lines
 
 
 def survival(machines: Sequence[PolicyMachine]) -> str:
@@ -137,12 +153,19 @@ def costs(found: Costs) -> str:
     """Return what accesses cost, in TSC cycles: median, and between which values nine of ten lie."""
     lines = [f"TSC cycles in the guest, TSC at {found.khz / 1e6:.3f} GHz; median (5 % .. 95 %)"]
     lines += paragraph(
-        "every row contains the timing itself; 1 % is of what a write costs above it. A policy in KVM itself would "
+        "every row contains the timing itself. 1 %: at how many context switches a second that costs 1 % of a CPU, if "
+        "each does this once instead of the WRMSR of a guest that KVM has let through. A policy in KVM itself would "
         "cost an exit to KVM, one in a VMM an exit to it and its own time: this one is in Python"
     )
+    if found.lent:
+        lines += paragraph(
+            f"KVM offers no guest this register here: policies are told that the host has {found.lent}, too"
+        )
     lines.append("")
     for cost in found.bare:
         lines.append(f"  {cost.what:<45}{_number(cost)}")
+        if cost is not found.bare[0]:
+            lines.append(f"    {_one_percent(found, cost)}")
     if (found.bare[0].median or 0) > 1000:
         lines += paragraph(
             "this KVM emulates the guest's code itself: differences between rows mean something, ratios do not",
@@ -150,14 +173,33 @@ def costs(found: Costs) -> str:
             "  ",
         )
     lines.append("")
-    for name, write, read in found.policies:
-        lines.append(f"  {name:<45}{_number(write)}")
-        per_second = switches_for_one_percent(found, write)
-        told = f"    RDMSR {_number(read)}"
-        if per_second is not None:
-            told += f"; 1 % of a CPU at {per_second:,} writes a second"
-        lines.append(told)
+    lines += [line for row in found.alone for line in _both(row, row.name)]
+    lines.append("")
+    for row in found.policies:
+        if not row.took:
+            name = f"{row.name}, which took no bit here"
+        else:
+            name = f"{row.name}: let through" if row.let_through else row.name
+        lines += _both(row, name)
+        if not row.let_through:
+            lines.append(f"    {_one_percent(found, row.write)}")
     return joined(lines)
+
+
+def _both(row: Row, name: str) -> list[str]:
+    return [f"  {name:<45}{_number(row.write)}", f"    RDMSR {_number(row.read)}"]
+
+
+def _one_percent(found: Costs, cost: Cost) -> str:
+    """Say at how many of these a second 1 % of a CPU is gone, or why that cannot be told."""
+    if found.through is None:
+        return "1 %: cannot be told, KVM lets no guest through here"
+    per_second = switches_for_one_percent(found, cost)
+    if per_second is not None:
+        return f"1 % of a CPU at {per_second:,} a second"
+    return "1 %: cannot be told, " + (
+        "it takes #GP" if cost.median is None else "not dearer than a write that is let through"
+    )
 
 
 def _number(cost: Cost) -> str:

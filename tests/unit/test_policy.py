@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from probe.errors import ExitCode, PolicyError, ProbeError, RecordError, Require
 from probe.kvm_record import decode as decode_kvm
 from probe.masks import ALL_BITS
 from probe.models import machines
-from probe.models.cost import Cost, Costs, switches_for_one_percent
+from probe.models.cost import Cost, Costs, Row, switches_for_one_percent
 from probe.models.difference import HOSTS, policy_difference
 from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus, forgets
 from probe.models.machine import Hardware, Host, answers
@@ -466,10 +467,19 @@ def test_a_difference_in_one_bit_or_a_combination_is_found(wrong: int) -> None:
 
 def test_the_tables_fit_a_mail() -> None:
     asked = [PolicyMachine(policy, KERNEL) for policy in POLICIES]
+    write, through = Cost("WRMSR", 2220, 1900, 3000), Cost("WRMSR", 220, 200, 300)
     costs = Costs(
         2_000_000,
-        (Cost("nothing: the timing itself", 20, 18, 30),),
-        (("emulate, which took no bit here", Cost("WRMSR", 2020, 1900, 3000), Cost("RDMSR", None)),),
+        (Cost("nothing: the timing itself", 20, 18, 30), Cost("CPUID: an exit to KVM", 1220, 1200, 1300)),
+        (Row("KVM alone, after it", through, through, let_through=True),),
+        through,
+        (
+            Row("emulate", write, Cost("RDMSR", None)),
+            Row("maxim-v1", write, write, took=False),
+            Row("pass-through", Cost("WRMSR", 230, 225, 300), through, let_through=True),
+            Row("xen", Cost("WRMSR", 210, 190, 300), through),
+        ),
+        lent="SPEC_CTRL",
     )
     qemu = RULES["qemu"]
     texts = [
@@ -482,14 +492,22 @@ def test_the_tables_fit_a_mail() -> None:
     for text in texts:
         assert all(len(line) <= 75 for line in text.splitlines()), text
     rows = {line.split()[0]: line.split()[1:] for line in texts[0].splitlines() if line and line.split()[0] in BY_NAME}
-    assert rows["emulate"] == ["1", "0", "0", "0", "writes", "2,020*"]
+    assert rows["emulate"] == ["1", "0", "0", "0", "writes", "2,220", "10,000"]
+    assert rows["pass-through"][-3:] == ["none", "230", "-"], "the same instruction, whatever the clock says"
+    assert rows["maxim-v1"][-2:] == ["-", "-"], "what was timed is a guest that was not let through"
+    assert rows["xen"][-2:] == ["210", "-"], "cheaper than what it stands against: cannot be told"
     assert rows["pass-through-after-write"] == ["1", "0", "45", "11", "none"], "it has let go; nothing was measured"
     assert rows["forced-shadow"] == ["1", "0", "45", "0", "all"]
     assert rows["kvm-5.6-mask"] == ["7", "0", "34", "6", "none"]
     assert "cycles" not in texts[1]
-    assert "1 % of a CPU at 10,000 writes a second" in policy_text.costs(costs)
-    assert "RDMSR takes #GP" in policy_text.costs(costs)
-    assert switches_for_one_percent(costs, Cost("WRMSR", 10)) is None, "cheaper than the timing: nothing to say"
+    told = " ".join(policy_text.costs(costs).split())
+    assert "CPUID: an exit to KVM 1,220 (1,200 .. 1,300) 1 % of a CPU at 20,000 a second" in told
+    assert "emulate 2,220 (1,900 .. 3,000) RDMSR takes #GP 1 % of a CPU at 10,000 a second" in told
+    assert "xen 210 (190 .. 300) RDMSR 220 (200 .. 300) 1 %: cannot be told" in told
+    assert "pass-through: let through 230 (225 .. 300) RDMSR 220 (200 .. 300) xen" in told
+    assert "maxim-v1, which took no bit here" in told
+    assert switches_for_one_percent(replace(costs, through=None), write) is None
+    assert "KVM lets no guest through here" in policy_text.costs(replace(costs, through=None))
 
 
 # --- migrations -----------------------------------------------------------------------------------------------------
