@@ -586,9 +586,9 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
         with judged([*chosen, policy_file.find(arguments.compare)]) as (both, complaints):
             one, other = (PolicyMachine(policy, over) for policy in both)
             found = policy_difference(one, other)
-            differ = policy_text.fates(one, other)
-            _show_report(policy_text.compared(one.policy, other.policy, over, found, differ))
-        return _policy_code(complaints(), ExitCode.FINDINGS if found or differ else ExitCode.AS_PREDICTED)
+            values, differ = policy_text.writes(one, other), policy_text.fates(one, other)
+            _show_report(policy_text.compared(one.policy, other.policy, over, found, values, differ))
+        return _policy_code(complaints(), ExitCode.FINDINGS if found or values or differ else ExitCode.AS_PREDICTED)
     if not (arguments.cost or arguments.table):
         _show_report(policy_text.catalogue(policy_file.EXAMPLE))
         return int(ExitCode.AS_PREDICTED)

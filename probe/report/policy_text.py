@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from probe.models.cost import Cost, Costs, Row, switches_for_one_percent
-from probe.models.difference import Difference
+from probe.models.difference import POLICY_HOSTS, Difference, Writes, differing_writes
 from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus, forgets
 from probe.models.machine import DENY_READ, DENY_WRITE, Machine
 from probe.models.migration import Rule
@@ -40,15 +40,41 @@ def fates(one: PolicyMachine, other: PolicyMachine) -> list[str]:
     return told
 
 
-def compared(one: Policy, other: Policy, over: Machine, found: Difference | None, differ: Sequence[str]) -> str:
-    """Return where two policies differ: the smallest case, and the guests that live under one only, as fates() says."""
+def writes(one: PolicyMachine, other: PolicyMachine) -> list[str]:
+    """Return, for the named CPUs, the writes on which their guests see a difference; CPUs with the same ones share."""
+    groups: dict[tuple[Writes, ...], list[str]] = {}
+    for cpu in cpus():
+        groups.setdefault(tuple(differing_writes(one, other, cpu)), []).append(cpu.name)
+    lines = []
+    for found, names in groups.items():
+        if found:
+            lines += paragraph(", ".join(names), "  ", "  ")
+        for case in found:
+            when = "first" if case.after is None else f"after {case.after:#x}"
+            what = [f"bits {SPEC_CTRL.brief(case.bits)}"] if case.bits else []
+            what += [f"{value:#x}" for value in case.values]
+            lines += paragraph(
+                f"{when}: {', '.join(what)}: {case.one} under {one.policy.name}, {case.other} under "
+                f"{other.policy.name}",
+                "    ",
+                "      ",
+            )
+    return lines
+
+
+def compared(
+    one: Policy, other: Policy, over: Machine, found: Difference | None, values: Sequence[str], differ: Sequence[str]
+) -> str:
+    """Return where two policies differ: the smallest case, what guests of named CPUs see, as writes() says, and the
+    guests that live under one only, as fates() says."""
     lines = [*paragraph(f"{one.name}: {one.title}"), *paragraph(f"{other.name}: {other.title}")]
     lines += paragraph(f"calculated, both over {over.name}: {over.title}")
     lines.append("")
     if found is None:
         lines += paragraph(
-            "no difference in any one or two accesses, of 0, each defined bit, bits 9 and 63, 0x3, 0x5, 0x6, 0x7, "
-            "0x87, on any named CPUID or single bit of one"
+            f"no difference in any one or two accesses, of 0, each defined bit, bits 9 and 63, 0x3, 0x5, 0x6, 0x7, "
+            f"0x87, on any named CPUID or single bit of one, on {len(POLICY_HOSTS)} kinds of host, nor of the guests "
+            f"of {len(cpus())} named CPUs"
         )
     else:
         lines += paragraph(f"the smallest case, on {found.host}:")
@@ -56,6 +82,11 @@ def compared(one: Policy, other: Policy, over: Machine, found: Difference | None
         for policy, said in ((one, found.one), (other, found.other)):
             last = said[-1]
             lines.append(f"  {policy.name:<26}{'nothing' if last is None else format_answer(last)}")
+    lines += [
+        "",
+        *paragraph("writes that guests of named CPUs, with the CPUID that KVM offers there, see answered otherwise:"),
+    ]
+    lines += values or ["  none"]
     return joined([*lines, "", "guests that take #GP under one and not under the other:", *(differ or ["  none"])])
 
 

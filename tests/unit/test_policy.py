@@ -27,7 +27,7 @@ from probe.kvm_record import decode as decode_kvm
 from probe.masks import ALL_BITS
 from probe.models import machines
 from probe.models.cost import Cost, Costs, Row, switches_for_one_percent
-from probe.models.difference import HOSTS, policy_difference
+from probe.models.difference import HOSTS, Writes, differing_writes, policy_difference
 from probe.models.guest_systems import SYSTEMS, breaks, broken_moves, cpus, forgets
 from probe.models.machine import Hardware, Host, answers
 from probe.models.matrix import CELLS, Measured, expected_by_programs, fit
@@ -414,8 +414,56 @@ def test_two_policies_differ_in_a_program_that_both_answer_so() -> None:
     assert len(found.program.operations) == 1
     assert found.one[-1] != found.other[-1]
     assert policy_difference(one, one, HOSTS[:1], most=1) is None
-    text = policy_text.compared(one.policy, other.policy, KERNEL, found, policy_text.fates(one, other))
+    values, differ = policy_text.writes(one, other), policy_text.fates(one, other)
+    text = policy_text.compared(one.policy, other.policy, KERNEL, found, values, differ)
     assert str(found.program) in " ".join(text.split())
+
+
+def test_a_policy_that_asks_for_vmx_differs() -> None:
+    """The smallest case and the named CPUs may not contradict each other."""
+
+    def decide(host: Host, guest: Profile, vcpu: VcpuState, value: int) -> Decision:
+        return fault() if host.vmx else BY_NAME["emulate-guest"].decide(host, guest, vcpu, value)
+
+    one, other = (
+        PolicyMachine(policy, KERNEL) for policy in (BY_NAME["emulate-guest"], Policy("vmx.py", "", "", decide))
+    )
+    found = policy_difference(one, other)
+    assert found is not None
+    assert "VMX" in found.host
+    told = " ".join(policy_text.writes(one, other))
+    assert "knights-landing" in told
+    assert "zen2-client" not in told
+
+
+def test_a_policy_that_asks_for_one_cpu_differs_there() -> None:
+    zen2 = next(cpu for cpu in cpus() if cpu.name == "zen2-client")
+
+    def decide(host: Host, guest: Profile, vcpu: VcpuState, value: int) -> Decision:
+        if host == zen2.host and value == 0x4:
+            return fault()
+        return BY_NAME["emulate-guest"].decide(host, guest, vcpu, value)
+
+    one, other = (
+        PolicyMachine(policy, KERNEL) for policy in (BY_NAME["emulate-guest"], Policy("zen2.py", "", "", decide))
+    )
+    found = policy_difference(one, other)
+    assert found is not None
+    assert found.host == "zen2-client"
+    assert policy_text.writes(one, other) == [
+        "  zen2-client",
+        "    first: bits 2 (SSBD): ok under emulate-guest, #GP under zen2.py",
+    ]
+
+
+def test_the_writes_that_named_cpus_see_answered_otherwise() -> None:
+    one, other = (PolicyMachine(BY_NAME[name], KERNEL) for name in ("emulate-guest", "kvm-5.6-mask"))
+    zen2 = next(cpu for cpu in cpus() if cpu.name == "zen2-client")
+    assert Writes(None, "ok", "#GP", 0x2, ()) in differing_writes(one, other, zen2)
+    assert differing_writes(one, one, zen2) == []
+    sierra = next(cpu for cpu in cpus() if cpu.name == "qemu-sierraforest-v2")
+    (after,) = [case for case in differing_writes(one, other, sierra) if case.after]
+    assert (after.after, after.one, after.other) == (0x1, "#GP", "ok, reads otherwise"), "let through by then"
 
 
 def test_only_emulation_by_the_guests_cpuid_makes_every_move_safe() -> None:
