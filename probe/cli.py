@@ -503,7 +503,29 @@ def _beside_policies(names: Sequence[str | None], work: Callable[[], int]) -> in
         raise lost(" or ".join(file_names(names)), error) from None
 
 
+_HEEDED = {"replay": (), "explore": ("programs", "seed"), "migrate": ("record", "json", "identify")}
+
+
+def _refuse_what_is_not_heeded(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for an option of the matrix that this sub-command of kvm would pass over in silence."""
+    command = arguments.kvm_command
+    if command is None or (command == "policy" and arguments.policy and not _asked_of_policy(arguments)):
+        return
+    plain = vars(make_parser().parse_args(["kvm"]))
+    for name, default in plain.items():
+        if name not in (*_HEEDED.get(command, ()), "command", "kvm_command") and getattr(arguments, name) != default:
+            what = " ".join(["kvm", command, *_asked_of_policy(arguments)])
+            cure = "see: kvm policy --help; kvm policy NAME heeds it" if command == "policy" else f"see: {what} --help"
+            raise UsageError(f"--{name.replace('_', '-')} does not go with {what}", cure)
+
+
+def _asked_of_policy(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that ask for something else than a run under a policy."""
+    return [f"--{name}" for name in ("compare", "cost", "table") if getattr(arguments, name, None)]
+
+
 def _kvm_here(arguments: argparse.Namespace) -> int:
+    _refuse_what_is_not_heeded(arguments)
     if arguments.kvm_command == "replay":
         return _kvm_replay(arguments)
     if arguments.kvm_command == "explore":
@@ -512,7 +534,7 @@ def _kvm_here(arguments: argparse.Namespace) -> int:
         return _kvm_migrate(arguments)
     policy = None
     if arguments.kvm_command == "policy":
-        if not arguments.policy or arguments.compare or arguments.cost or arguments.table:
+        if not arguments.policy or _asked_of_policy(arguments):
             return _kvm_policy(arguments)
         from kernel_harness.kvm.policy_file import find
 
@@ -574,10 +596,6 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
 
     if arguments.compare and (arguments.cost or arguments.table):
         raise UsageError("--compare is of two policies", "without --cost and --table")
-    if arguments.record or arguments.json:
-        raise UsageError(
-            "--record and --json belong to a run under a policy", "kvm policy NAME, without --table and such"
-        )
     over = machines.get("kvm-6.19-svm")  # the newest rule of KVM, over which policies are compared without a machine
     chosen = [policy_file.find(arguments.policy)] if arguments.policy else []
     if arguments.compare:

@@ -783,7 +783,30 @@ def test_what_cannot_run_in_a_guest_is_told_before_one_is_booted(
 
 
 @pytest.mark.parametrize(
-    "words", ["--table --json", "emulate --cost --record x", "--record x", "emulate --compare xen --cost"]
+    ("words", "option"),
+    [
+        ("policy --table --json", "--json"),
+        ("policy emulate --cost --record x", "--record"),
+        ("policy --record x", "--record"),
+        ("policy emulate --compare xen --cost", "--compare"),
+        ("policy emulate --cost --profile zen2-client", "--profile"),
+        ("--profile zen2-client policy emulate --cost", "--profile"),
+        ("policy emulate --compare xen --profile zen2-client", "--profile"),
+        ("policy emulate --compare xen --all-profiles", "--all-profiles"),
+        ("policy --write", "--write"),
+        ("policy --table --programs 5", "--programs"),
+        ("policy --table --seed 5", "--seed"),
+        ("policy --cost --jobs 1", "--jobs"),
+        ("policy --cost --identify me", "--identify"),
+        ("--json replay p", "--json"),
+        ("--profile zen2-client explore --model xen", "--profile"),
+        ("--write migrate", "--write"),
+    ],
 )
-def test_options_that_a_table_does_not_have(words: str) -> None:
-    assert main(["kvm", "policy", *words.split()]) == 2
+def test_an_option_that_would_not_be_heeded_is_refused(
+    words: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kvm", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"spec-ctrl-probe: {option} ")
