@@ -133,6 +133,11 @@ def _add_kvm(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     replay.add_argument("program", metavar="FILE", help="a file with a program; - for standard input")
     replay.add_argument("--model", default="", metavar="NAME", help="also compare with this state machine")
+    replay.add_argument(
+        "--policy",
+        metavar="NAME|FILE.py",
+        help="the guest obeys this policy; --model is then the kernel that carries it out",
+    )
     explore = inner.add_parser(
         "explore",
         help="search for programs on which this kernel and a model differ",

@@ -848,10 +848,12 @@ def _program_text(path: str) -> str:
 
 def _kvm_replay(arguments: argparse.Namespace) -> int:
     from kernel_harness.kvm.commands import replay
+    from kernel_harness.kvm.policy_file import find
 
-    outcome = replay(_program_text(arguments.program), arguments.model)
+    policy = find(arguments.policy) if arguments.policy else None
+    outcome = replay(_program_text(arguments.program), arguments.model, policy)
     _show_report(outcome.text)
-    return int(ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
+    return _policy_code(outcome.complaints, ExitCode.AS_PREDICTED if outcome.as_expected else ExitCode.FINDINGS)
 
 
 def _kvm_explore(arguments: argparse.Namespace) -> int:

@@ -13,16 +13,16 @@ from kernel_harness.kvm.host import features
 from kernel_harness.kvm.machine import Kvm, ticking
 from kernel_harness.kvm.measure import measure_host
 from kernel_harness.kvm.migrate import Destination, Leaving, leave_and_arrive, study_destinations
-from kernel_harness.kvm.policed import Judge
+from kernel_harness.kvm.policed import Judge, maker
 from kernel_harness.kvm.runner import Cpuids, run_program
 from probe import migration_record as mig
 from probe.errors import RequirementMissing, UsageError
 from probe.models import machines
 from probe.models.cost import Costs
-from probe.models.machine import answers
+from probe.models.machine import Machine, answers
 from probe.models.migration import BY_NAME as RULES
 from probe.models.moving import STUDY, STUDY_NAME
-from probe.models.policy import POLICIES, Policy
+from probe.models.policy import POLICIES, Policy, PolicyMachine
 from probe.models.program import Answer, format_answer, parse, written
 
 
@@ -35,17 +35,23 @@ class Outcome:
     complaints: tuple[str, ...] = ()
 
 
-def replay(text: str, model: str = "") -> Outcome:
+def replay(text: str, model: str = "", policy: Policy | None = None) -> Outcome:
     """Run a program on this kernel and compare its answers with those it expects, and with a model's if one is named.
 
+    With a policy the guest obeys it, and the model is the policy's own, over the one that is named.
     Raise UsageError if the text is no program, RequirementMissing if this KVM cannot run it.
     """
     program, wanted = parse(text)
-    machine = machines.get(model) if model else None
+    machine: Machine | PolicyMachine | None = machines.get(model) if model else None
+    judge = Judge(policy) if policy is not None else None
+    if policy is not None and machine is not None:
+        machine = PolicyMachine(dataclasses.replace(policy, decide=Judge(policy)), machines.get(model))
+        model = machine.name
     with Kvm() as kvm, ticking():
         cpuids = Cpuids(kvm)
-        seen = run_program(kvm, cpuids, program)
-        said = answers(machine, program, measure_host(kvm, cpuids, features())) if machine is not None else None
+        host = measure_host(kvm, cpuids, features()) if model or policy is not None else None
+        seen = run_program(kvm, cpuids, program, maker(judge, host))
+        said = answers(machine, program, host) if machine is not None and host is not None else None
     lines = [f"profile {program.profile}"]
     as_expected = True
     for number, operation in enumerate(program.operations):
@@ -59,7 +65,8 @@ def replay(text: str, model: str = "") -> Outcome:
             line += f"    {model} says {format_answer(model_answer)}"
             as_expected = False
         lines.append(line)
-    return Outcome("\n".join(lines) + "\n", as_expected)
+    told = tuple(complaints_of(judge)) if judge is not None else ()
+    return Outcome("\n".join(lines) + "\n", as_expected, told)
 
 
 def explore_model(

@@ -96,6 +96,24 @@ def test_a_policy_that_answers_reads_too(kvm: Kvm, cpuids: Cpuids, host: Host) -
     assert said[-1] is Word.GP
 
 
+def test_a_program_is_replayed_under_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "program"
+    path.write_text("profile AMD_STIBP; guest-wr 0x48 0x2 -> ok; guest-wr 0x48 0x1 -> gp; guest-wr 0x48 0x0 -> ok")
+    done = run_policy(path, "replay", "--policy", "emulate-guest")
+    assert done.returncode == 0, done.stderr
+    assert "guest-wr 0x48 0x1 -> gp\n" in done.stdout
+    done = run_policy(path, "replay", "--policy", "hardware-test")
+    assert done.returncode == 1, "this KVM's hardware test is not the guest's CPUID"
+    assert "guest-wr 0x48 0x1 -> ok    wanted gp" in done.stdout
+    wrong = run_policy(path, "replay", "--policy", "pass-through", "--model", "xen")
+    assert "pass-through over xen says gp" in wrong.stdout
+    (tmp_path / "mine.py").write_text("def decide(host, guest, vcpu, value):\n    return 7\n")
+    done = run_policy(path, "replay", "--policy", tmp_path / "mine.py")
+    assert done.returncode == 3
+    assert "policy mine.py returned int, no Decision" in done.stderr
+    assert "guest-wr 0x48 0x2 -> gp    wanted ok" in done.stdout
+
+
 def test_pass_through_opens_again_after_init(kvm: Kvm, cpuids: Cpuids, host: Host) -> None:
     opened = []
 
