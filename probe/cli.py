@@ -614,7 +614,7 @@ def _kvm_policy(arguments: argparse.Namespace) -> int:
     told: list[str] = []
     costs = None
     if arguments.cost:
-        costs, told = policy_costs(policies, _Progress("policies"))
+        costs, told = policy_costs(policies, _Progress("rounds"))
     if arguments.table:
         with judged(policies) as (asked_policies, complaints):
             asked = [PolicyMachine(policy, over) for policy in asked_policies]

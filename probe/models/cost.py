@@ -49,8 +49,8 @@ class Costs:
 
 def switches_for_one_percent(costs: Costs, each: Cost) -> int | None:
     """Return how many context switches per second cost 1 % of a CPU more, if each does this instead of a let-through
-    WRMSR; None if it is not told apart from that, or nothing is let through."""
+    WRMSR; None if it takes no longer than that, or nothing is let through."""
     through = costs.through.median if costs.through is not None else None
-    if each.median is None or through is None or each.low <= through:
+    if each.median is None or through is None or each.median <= through:
         return None
     return round(costs.khz * 1000 / 100 / (each.median - through))

@@ -139,8 +139,7 @@ def _legend(rule: Rule, found: Costs | None) -> list[str]:
     if found is not None:
         lines += paragraph(
             "WRMSR: the guest's, the timing itself with it. 1 %: at how many context switches a second that write the "
-            "register once it costs 1 % of a CPU more than a write that KVM lets through; -: it is one, or cannot be "
-            "told from one"
+            "register once it costs 1 % of a CPU more than a write that KVM lets through; -: it is one, or no dearer"
         )
     if found is not None and not all(row.took for row in found.policies):
         lines += paragraph("a policy with - in both columns took no bit on this machine: its cost was not seen")
@@ -229,7 +228,7 @@ def _one_percent(found: Costs, cost: Cost) -> str:
     if per_second is not None:
         return f"1 % of a CPU at {per_second:,} a second"
     return "1 %: cannot be told, " + (
-        "it takes #GP" if cost.median is None else "not dearer than a write that is let through"
+        "it takes #GP" if cost.median is None else "no dearer than a write that is let through"
     )
 
 
