@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -490,6 +491,25 @@ def test_the_table_of_the_readme() -> None:
         found = broken_moves(PolicyMachine(BY_NAME[policy], KERNEL), RULES["qemu"])
         words = [done.word for *_, done in found]
         assert (words.count("refused"), words.count("lost")) == counts, policy
+
+
+def test_the_readme_has_the_costs_of_the_table() -> None:
+    table = Path("results/policies/table.txt").read_text(encoding="utf-8")
+    readme = Path("README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split() for line in table.splitlines()]
+    for name in BY_NAME:
+        *_, cycles, per_second = next(row for row in rows if row[:1] == [name])
+        (said,) = [line for line in readme if line.startswith("| ") and f"`{name}`" in line]
+        assert f"{round(int(cycles.replace(',', '')), -2):,}" in said or cycles in said, name
+        assert per_second == "-" or f"({per_second}" in said, name
+    for what in (
+        "nothing: the timing itself",
+        "CPUID: an exit to KVM",
+        "OUT: an exit to this VMM",
+        "KVM alone, after it",
+    ):
+        (cost,) = re.findall(rf"{what} +([\d,]+) \(", table)
+        assert cost in "\n".join(readme), what
 
 
 def test_a_policy_that_forgets_is_told_beside_its_breaking_nothing() -> None:
