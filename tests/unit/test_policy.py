@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
 import multiprocessing
 import os
 import re
@@ -47,10 +46,8 @@ from probe.models.policy import (
     fault,
 )
 from probe.models.profile import ALL_FEATURES, EMPTY, NAMED, Profile, parse_profile
-from probe.models.program import format_answer, parse
-from probe.pool import Advice, Place, advise, grouped, move, place_of
 from probe.models.program import Kind, format_answer, parse
-from probe.pool import Place, grouped, mended, move, place_of
+from probe.pool import Advice, Place, advise, grouped, move, place_of
 from probe.record import decode
 from probe.report import migrate_text, policy_text
 
