@@ -678,7 +678,7 @@ def _migration_code(records: Sequence[MigrationRecord]) -> int:
 def _migrate(arguments: argparse.Namespace) -> int:
     from probe import store
     from probe.models.migration import BY_NAME
-    from probe.pool import grouped, place_of
+    from probe.pool import advise, grouped, place_of
     from probe.report import migrate_text
 
     if arguments.rule and arguments.rule not in BY_NAME:
@@ -704,18 +704,18 @@ def _migrate(arguments: argparse.Namespace) -> int:
         )
     groups = grouped(places)
     rules = [rule] if arguments.rule else list(BY_NAME.values())
+    advice = advise(groups, rule)
     if arguments.json:
-        sys.stdout.writelines(migrate_text.as_json(groups, rule, rules))
+        sys.stdout.writelines(migrate_text.as_json(groups, rule, rules, advice))
     else:
-        parts = [migrate_text.matrix(groups, rule)] if folders or len(places) > 2 else []
+        parts = [migrate_text.matrix(groups, rule, advice)] if folders or len(places) > 2 else []
         if len(places) == 2:
             one, other = places
             parts = [migrate_text.pair(one, other, rules), migrate_text.pair(other, one, rules), *parts]
         _show_report("\n".join(parts))
     if left_out and not arguments.json:
         _show_report("\n" + migrate_text.left_out(left_out))
-    broken = migrate_text.breaks(groups, rule)
-    return int(ExitCode.FINDINGS if broken else ExitCode.AS_PREDICTED)
+    return int(ExitCode.FINDINGS if advice.breaks.some else ExitCode.AS_PREDICTED)
 
 
 def _records_named(arguments: Sequence[str]) -> Iterator[tuple[Path, str]]:

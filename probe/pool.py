@@ -7,15 +7,28 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Union
+from typing import NamedTuple, Union
 
 from msgspec import UNSET
 
 from probe import entries, kvm_record
 from probe import record as rec
 from probe.errors import RecordError
-from probe.masks import ALL_BITS, hex64
-from probe.models.migration import GATE, Met, Move, Rule, Side, enumerators, met_on, met_on_both, worst_of
+from probe.masks import ALL_BITS, hex64, parse_hex64
+from probe.models.migration import (
+    GATE,
+    Acts,
+    Met,
+    Move,
+    Rule,
+    Side,
+    acting,
+    closed,
+    enumerators,
+    met_on,
+    met_on_both,
+    worst_of,
+)
 from probe.models.peer_machines import enumerated
 from probe.models.profile import NONE, Profile, parse_profile, profile_of
 from probe.models.what_if import offered
@@ -60,29 +73,32 @@ def place_of(record: AnyRecord, name: str) -> Place:
     return _of_run(record, name)
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _guest(name: str) -> tuple[str, int]:
+    """Return what a profile is called here, and its mask."""
+    profile = parse_profile(name)
+    return kvm_record.profile_name(profile), profile.mask
+
+
 def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
     """A guest by itself is let through by its first accepted write; it holds what is saved, or reads back, after it."""
     if kvm_record.complaints(record):
         raise RecordError(f"{name} is of a policy that did not decide every write", "mend the policy, and run it again")
     offers = parse_profile(record.hardware.supported_cpuid).mask
+    listed = record.kvm.in_msr_index_list
     sides = {}
-    for row in kvm_record.rows_of(record):
-        cells = row.masks
+    for row in record.rows:
+        cells = {cell: parse_hex64(mask) for cell, mask in row.cells.items()}
         let_through = cells.get("guest_after_seen", 0) & cells.get("guest_after", 0) if cells["guest_first"] else 0
         reads = cells["guest_read"] != 0
         holds = cells["guest_first"] & cells["guest_first_kept"] | let_through
+        keeps = cells["host_first_seen"] if reads else cells["host_first_kept"]
+        sees = cells["guest_first_seen"] | let_through if reads else ALL_BITS
         taken = cells["guest_first"] | cells.get("guest_after", 0)
-        sides[kvm_record.profile_name(row.profile)] = Side(
-            holds=holds,
-            takes=cells["host_first"],
-            keeps=cells["host_first_seen"] if reads else cells["host_first_kept"],
-            sees=cells["guest_first_seen"] | let_through if reads else ALL_BITS,
-            takes_zero=cells["host_zero"] != 0,
-            listed=record.kvm.in_msr_index_list,
-            offers=offers,
-            guest=row.profile.mask,
-            forgets=bool(taken & DEFINED) and not holds & DEFINED,
-        )
+        forgets = bool(taken & DEFINED) and not holds & DEFINED
+        acts = Acts(holds, cells["host_first"], keeps, sees, listed, cells["host_zero"] != 0, forgets)
+        for called, guest in map(_guest, row.profiles):
+            sides[called] = acting(acts, guest, offers)
     if not sides:
         raise RecordError(f"{name} holds no row", "measure it again: spec-ctrl-probe kvm")
     rule = record.follows or ", ".join(record.explained_by[:2]) or "no model"
@@ -162,14 +178,17 @@ def move(rule: Rule, source: Place, target: Place) -> Move:
     refused = lost = beyond = unsaid = absent = 0
     refuses_all = False
     both = pairs(source, target)
+    alike: dict[tuple[object, ...], list[tuple[Side, Side]]] = {}
     for side, other in both:
+        alike.setdefault((side.acts, other.acts, rule.lets and side.guest), []).append((side, other))
+    for (side, other), *more in alike.values():
         held = rule.held(side)
         if held is None:
-            absent += 1
+            absent += 1 + len(more)
             continue
         done = rule.move(side, other, held)
         refused, lost, refuses_all = refused | done.refused, lost | done.lost, refuses_all or done.refuses_all
-        unsaid += side.forgets and not done.broken
+        unsaid += 1 + len(more) if side.forgets and not done.broken else 0
         beyond |= side.holds & side.sees & ~held
     return Move(refused, lost, refuses_all, len(both), unsaid, absent, beyond)
 
@@ -200,47 +219,51 @@ def grouped(places: Sequence[Place]) -> list[Group]:
     return [Group(tuple(members)) for members in groups.values()]
 
 
-@dataclass(frozen=True)
-class Stay:
-    """A guest CPUID on one kind of machine.
+class Stay(NamedTuple):
+    """A guest on one kind of machine.
 
-    number is the kind's; several: it has more than one machine; own: its own register stands for this guest's.
+    number is the kind's; acts: what that machine does with the guest's register; several: it has more than one machine;
+    own: its own register stands for this guest's; guest: the CPUID that it gives its guests, where no guest is known.
     """
 
     number: int
-    place: Place
-    side: Side
+    acts: Acts
     several: bool
     own: bool = False
+    guest: int | None = None
 
 
-def stays_of(groups: Sequence[Group]) -> list[list[Stay]]:
-    """Return, for each guest CPUID that some kind knows, where it may be; a machine's own register takes every one."""
+Pool = Sequence["tuple[int, tuple[Stay, ...]]"]  # each guest CPUID that some kind knows, and where it may be
+
+
+def stays_of(groups: Sequence[Group]) -> Pool:
+    """Return where guests may be; a machine's own register takes every one."""
     guests = {name: side.guest for group in groups for name, side in group.first.sides.items()}
     return [
-        [stay for number, group in enumerate(groups) for stay in _stay_of(number, group, name, guest)]
+        (guest, tuple(stay for number, group in enumerate(groups) for stay in _stay_of(number, group, name, guest)))
         for name, guest in guests.items()
     ]
 
 
 def _stay_of(number: int, group: Group, name: str, guest: int) -> Iterator[Stay]:
-    sides = group.first.sides
-    if name in sides:
-        yield Stay(number, group.first, sides[name], len(group.places) > 1)
-    elif ANY in sides:
-        yield Stay(number, group.first, _own_register_for(sides[ANY], guest), len(group.places) > 1, own=True)
+    side = group.first.sides.get(name)
+    several = len(group.places) > 1
+    if side is not None:
+        yield Stay(number, side.acts, several, guest=side.guest if name == ANY else None)
+    elif ANY in group.first.sides:
+        yield Stay(number, _own_register_for(group.first.sides[ANY], guest).acts, several, own=True)
 
 
 def _departures(stays: Sequence[Stay]) -> Iterator[tuple[Stay, Met]]:
     """Yield each stay with what its guest meets that leaves it for any other machine, as pairs() pairs them."""
-    met = [met_on(stay.side) for stay in stays]
+    met = [met_on(acting(stay.acts)) for stay in stays]
     nothing: Met = {}
     known = functools.reduce(met_on_both, (one for one, stay in zip(met, stays) if not stay.own), nothing)
     before = list(accumulate(met, met_on_both, initial=nothing))
     after = list(accumulate(reversed(met), met_on_both, initial=nothing))[::-1]
-    for number, stay in enumerate(stays):
-        others = known if stay.own else met_on_both(before[number], after[number + 1])
-        yield stay, met_on_both(others, met[number]) if stay.several and not stay.own else others
+    for at, stay in enumerate(stays):
+        others = known if stay.own else met_on_both(before[at], after[at + 1])
+        yield stay, met_on_both(others, met[at]) if stay.several and not stay.own else others
 
 
 @dataclass(frozen=True)
@@ -261,49 +284,94 @@ class Breaks:
         return bool(self.kinds)
 
 
-def breaks_of(pool: Sequence[Sequence[Stay]], rule: Rule, *, careful: bool) -> Breaks:
-    """Find what breaks in any move; careful: guests set only what their CPUID enumerates."""
+class _Broken(NamedTuple):
+    """What breaks when guests leave one kind; refuses_zero: some machine refuses whatever the value."""
+
+    stay: Stay
+    held: int
+    bits: int
+    refuses_zero: bool
+    refuses_all: bool
+
+
+def breaks_of(pool: Pool, rule: Rule, *, careful: bool) -> Breaks:
+    """Find what breaks in any move; careful: guests set only what their CPUID enumerates.
+
+    Guests that every machine treats alike are looked at together.
+    """
+    alike: dict[tuple[object, tuple[Stay, ...]], list[int]] = {}
+    for guest, stays in pool:
+        alike.setdefault((rule.lets and rule.lets(Profile(guest)), stays), []).append(guest)
     kinds: set[int] = set()
     bits: dict[int, int] = {}
     every_value = False
-    for stays in pool:
-        for stay, met in _departures(stays):
-            held = rule.held(stay.side)
-            if held is None:
-                continue
-            held &= enumerated(stay.side.guest) if careful else ALL_BITS
-            for worst in worst_of(met):
-                done = rule.move(stay.side, worst, held)
-                if done.broken:
-                    kinds.add(stay.number)
-                    every_value = every_value or done.refuses_all
-                    bits[stay.side.guest] = bits.get(stay.side.guest, 0) | rule.culprits(stay.side, worst, held)
+    for (_, stays), guests in alike.items():
+        for one in _broken(stays, rule, guests[0]):
+            for guest in guests if one.stay.guest is None else (one.stay.guest,):
+                left, refused = _left(one, rule, enumerated(guest)) if careful else (one.bits, one.refuses_all)
+                if left or refused:
+                    kinds.add(one.stay.number)
+                    every_value = every_value or refused
+                    bits[guest] = bits.get(guest, 0) | left
     return Breaks(frozenset(kinds), bits, every_value)
 
 
-def _without(stay: Stay, hide: int) -> Stay:
-    """Return a stay of the same guest without some CPUID bits: as measured, or else by what CPUID still enumerates.
+def _broken(stays: Sequence[Stay], rule: Rule, guest: int) -> Iterator[_Broken]:
+    """Yield what breaks for a guest that leaves each kind."""
+    for stay, met in _departures(stays):
+        side = acting(stay.acts, guest if stay.guest is None else stay.guest)
+        held = rule.held(side)
+        if held is None:
+            continue
+        bits = 0
+        refuses_zero = refuses_all = False
+        for worst in worst_of(met):
+            bits |= rule.culprits(side, worst, held)
+            refuses_all = refuses_all or rule.move(side, worst, held).refuses_all
+            refuses_zero = refuses_zero or rule.move(side, worst, 0).refuses_all
+        if bits or refuses_all:
+            yield _Broken(stay, held, bits, refuses_zero, refuses_all)
 
-    A guest that has lost the last bit of KVM's gate is taken for one that has none.
-    """
-    guest = stay.side.guest & ~hide
-    if guest == stay.side.guest:
-        return stay
-    side = stay.place.by_guest.get(guest)
-    if side is None and not guest & GATE and 0 in stay.place.by_guest:
-        side = replace(stay.place.by_guest[0], guest=guest)
-    return replace(stay, side=_own_register_for(stay.side, guest) if side is None else side)
+
+def _left(one: _Broken, rule: Rule, fields: int) -> tuple[int, bool]:
+    """Return the bits, and whether any value is refused, that still break if the guest holds no other fields."""
+    held = one.held & fields
+    bits = one.bits & fields if not rule.forgives or held & one.stay.acts.sees else 0
+    return bits, one.refuses_all and (one.refuses_zero or held != 0)
 
 
-def _tried(pool: Sequence[Sequence[Stay]], rule: Rule, found: Breaks, *, careful: bool) -> int | None:
+def _without(pool: Pool, places: Sequence[Place], hide: int) -> Pool:
+    """Return where the same guests are without some CPUID bits: as measured, or by what CPUID still enumerates."""
+    return [
+        (guest & ~hide, tuple(_stay_without(stay, places[stay.number], guest, hide) for stay in stays))
+        if any(stay.guest is not None for stay in stays) or guest & hide
+        else (guest, stays)
+        for guest, stays in pool
+    ]
+
+
+def _stay_without(stay: Stay, place: Place, guest: int, hide: int) -> Stay:
+    """Return a stay of such a guest; one that has lost the last bit of KVM's gate is taken for one that has none."""
+    if stay.guest is not None:
+        if not stay.guest & hide:
+            return stay
+        left = stay.guest & ~hide
+        return stay._replace(guest=left, acts=stay.acts if left & GATE else closed(stay.acts))
+    left = guest & ~hide
+    if not stay.own:
+        side = place.by_guest.get(left) or (None if left & GATE else place.by_guest.get(0))
+        if side is not None:
+            return Stay(stay.number, side.acts, stay.several)
+    return stay if left & GATE else Stay(stay.number, closed(stay.acts), stay.several, stay.own)
+
+
+def _tried(pool: Pool, places: Sequence[Place], rule: Rule, found: Breaks, *, careful: bool) -> int | None:
     """Return the features without which no move breaks, as has been tried; 0: none breaks; None: there are none.
 
     Without a bit other bits may break, on a machine whose own test looks at the guest's CPUID: these go, too.
     """
-    offered_to, measured = 0, 0
-    for stays in pool:
-        for stay in stays:
-            offered_to, measured = offered_to | stay.side.offers, measured | stay.side.guest
+    offered_to = _either(side.offers for place in places for side in place.sides.values())
+    measured = _either(guest if stay.guest is None else stay.guest for guest, stays in pool for stay in stays)
     hide = 0
     while found.some:
         more = 0
@@ -312,7 +380,7 @@ def _tried(pool: Sequence[Sequence[Stay]], rule: Rule, found: Breaks, *, careful
         if not more & ~hide:
             return None
         hide |= more
-        found = breaks_of([[_without(stay, hide) for stay in stays] for stays in pool], rule, careful=careful)
+        found = breaks_of(_without(pool, places, hide), rule, careful=careful)
     return hide
 
 
@@ -344,34 +412,35 @@ class Advice:
 
 def advise(groups: Sequence[Group], rule: Rule) -> Advice:
     """Find what guests of a pool must not have, from the moves that break under a rule, and try whether it helps."""
+    places = [group.first for group in groups]
     pool = stays_of(groups)
     found = breaks_of(pool, rule, careful=False)
     careful = breaks_of(pool, rule, careful=True) if found.some else found
-    hide = _tried(pool, rule, careful, careful=True)
-    closes = _tried(pool, rule, found, careful=False)
-    all_stays = [stay for stays in pool for stay in stays]
-    held = _either(rule.held(stay.side) or 0 for stay in all_stays if not stay.side.forgets)
+    hide = _tried(pool, places, rule, careful, careful=True)
+    closes = _tried(pool, places, rule, found, careful=False)
+    held = _either(
+        rule.held(side) or 0 for place in places for side in place.sides.values() if not side.forgets and side.holds
+    )
     return Advice(
         breaks=found,
         whole=0 if found.every_value else held & ~_either(found.bits.values()),
         hide=hide,
         closes=closes,
         hole=_either(bits for guest, bits in found.bits.items() if not guest & rule.gate),
-        unmeasured=_unmeasured(all_stays, hide or 0),
-        unmeasured_closed=_unmeasured(all_stays, closes or 0),
-        unsaid=sum(any(stay.side.forgets for stay in stays) for stays in pool),
-        unseen=sum(any(_unseen(stay.side) for stay in stays) for stays in pool),
+        unmeasured=_unmeasured(places, hide or 0),
+        unmeasured_closed=_unmeasured(places, closes or 0),
+        unsaid=sum(any(stay.acts.forgets for stay in stays) for _, stays in pool),
+        unseen=sum(any(_unseen(stay.acts) for stay in stays) for _, stays in pool),
         guests=len(pool),
     )
 
 
-def _unmeasured(stays: Iterable[Stay], hide: int) -> tuple[Profile, ...]:
+def _unmeasured(places: Iterable[Place], hide: int) -> tuple[Profile, ...]:
     """Return the CPUIDs that hiding leaves and that some KVM was not measured with."""
-    left = {
-        stay.side.guest & ~hide
-        for stay in stays
-        if stay.side.guest & hide and ANY not in stay.place.sides and stay.side.guest & ~hide not in stay.place.by_guest
-    }
+    left: set[int] = set()
+    for place in places if hide else ():
+        if ANY not in place.sides:
+            left |= {guest & ~hide for guest in place.by_guest if guest & hide} - place.by_guest.keys()
     return tuple(Profile(guest) for guest in sorted(left))
 
 
@@ -379,9 +448,9 @@ def _either(masks: Iterable[int]) -> int:
     return functools.reduce(int.__or__, masks, 0)
 
 
-def _unseen(side: Side) -> bool:
+def _unseen(acts: Acts) -> bool:
     """Tell whether defined bits are held that the guest itself does not read."""
-    return bool(side.holds & DEFINED) and not side.holds & side.sees & DEFINED
+    return bool(acts.holds & DEFINED) and not acts.holds & acts.sees & DEFINED
 
 
 def features_of(mask: int) -> str:

@@ -9,11 +9,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from probe.masks import ALL_BITS
 from probe.models.peer_machines import XEN_GATE, xen_bits
 from probe.models.profile import FEATURES, Profile, mask_of_features
 from probe.registers import DEFINED, SPEC_CTRL
+
+
+class Acts(NamedTuple):
+    """What a machine does with the register of a guest, whoever that is: those fields of Side."""
+
+    holds: int
+    takes: int
+    keeps: int
+    sees: int
+    listed: bool
+    takes_zero: bool
+    forgets: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,25 @@ class Side:
     sees: int = ALL_BITS
     takes_zero: bool = True
     forgets: bool = False
+
+    @functools.cached_property
+    def acts(self) -> Acts:
+        """What does not depend on who the guest is."""
+        return Acts(self.holds, self.takes, self.keeps, self.sees, self.listed, self.takes_zero, self.forgets)
+
+
+def acting(acts: Acts, guest: int = 0, offers: int = 0) -> Side:
+    """Return a side that acts so, for a guest CPUID; the sides of many guests share what they have in common."""
+    holds, takes, keeps, sees, listed, takes_zero, forgets = acts
+    side = Side(holds, takes, keeps, listed, offers, guest, sees, takes_zero, forgets)
+    vars(side)["acts"] = acts
+    return side
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def closed(acts: Acts) -> Acts:
+    """Return the same for a guest that has no register there."""
+    return acts._replace(holds=0, forgets=False)
 
 
 @dataclass(frozen=True)

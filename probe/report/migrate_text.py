@@ -15,13 +15,11 @@ from probe.pool import (
     Group,
     Place,
     advise,
-    breaks_of,
     comparable,
     features_of,
     in_common,
     move,
     pairs,
-    stays_of,
 )
 from probe.registers import SPEC_CTRL
 from probe.report.layout import WIDTH, clean, joined, paragraph
@@ -103,14 +101,14 @@ def left_out(count: int) -> str:
     return joined(paragraph(f"{count} files of this folder were LEFT OUT, as said on standard error"))
 
 
-def matrix(groups: Sequence[Group], rule: Rule, most: int = MOST_SHOWN) -> str:
+def matrix(groups: Sequence[Group], rule: Rule, advice: Advice | None = None, most: int = MOST_SHOWN) -> str:
     """Return a pool under one rule: from (row) to (column), of at most so many kinds; and what would make it safe."""
     count = sum(len(group.places) for group in groups)
     lines = paragraph(f"{count} records, {len(groups)} kinds of machine, rule {rule.name}: {rule.title}")
     profiles = in_common([group.first for group in groups])
     if profiles != [ANY]:
         lines += paragraph(f"all know {len(profiles)} guest CPUIDs; two are compared for those that both know")
-    advice = advise(groups, rule)
+    advice = advice or advise(groups, rule)
     shown = _shown(groups, advice, most)
     if len(shown) < len(groups):
         lines += paragraph(
@@ -159,12 +157,9 @@ def _word(rule: Rule, source: Place, target: Place) -> str:
     return move(rule, source, target).word if comparable(source, target) else ""
 
 
-def breaks(groups: Sequence[Group], rule: Rule) -> bool:
-    """Tell whether some move between two machines breaks."""
-    return breaks_of(stays_of(groups), rule, careful=False).some
-
-
-def as_json(groups: Sequence[Group], rule: Rule, rules: Sequence[Rule] = RULES) -> Iterator[str]:
+def as_json(
+    groups: Sequence[Group], rule: Rule, rules: Sequence[Rule] = RULES, advice: Advice | None = None
+) -> Iterator[str]:
     """Yield the parts of a JSON text: every kind of machine, every move between two, and the pool under one rule."""
     yield '{"kinds": ['
     yield from _lines(
@@ -178,7 +173,7 @@ def as_json(groups: Sequence[Group], rule: Rule, rules: Sequence[Rule] = RULES) 
     yield '],\n"moves": ['
     yield from _lines(_moves(groups, rules))
     yield '],\n"pool": '
-    yield json.dumps(_pool(groups, advise(groups, rule), rule), indent=1)
+    yield json.dumps(_pool(groups, advice or advise(groups, rule), rule), indent=1)
     yield "}\n"
 
 

@@ -27,13 +27,14 @@ _VARIED = (
 )
 
 
-def distinct_kvm(count: int) -> Iterator[bytes]:
-    """Yield records of KVM with a row of its own for every named guest CPUID."""
+def distinct_kvm(count: int, *, whole: bool = False) -> Iterator[bytes]:
+    """Yield records of KVM with a row of its own for every named guest CPUID; or with all CPUIDs of a default run."""
     template: dict[str, Any] = json.loads(KVM.read_bytes())
     cells = template["rows"][0]["cells"]
     number = random.Random(2020)
     for _ in range(count):
-        rows = [{"profiles": [named.name], "opener": hex64(1), "cells": cells | _some_cells(number)} for named in NAMED]
+        named = [{"profiles": [one.name], "opener": hex64(1), "cells": cells} for one in NAMED]
+        rows = [row | {"cells": row["cells"] | _some_cells(number)} for row in (template["rows"] if whole else named)]
         yield json.dumps(template | {"rows": rows}).encode()
 
 

@@ -736,8 +736,8 @@ def test_several_machines_of_one_kind_that_break_count() -> None:
     side = Side(0x7, 0x4, 0x4, listed=True)
     alone, twice = grouped([place("a", x=side)]), grouped([place("a", x=side), place("b", x=side)])
     assert (len(alone), len(twice)) == (1, 1)
-    assert not migrate_text.breaks(alone, RULES["qemu"])
-    assert migrate_text.breaks(twice, RULES["qemu"])
+    assert not advise(alone, RULES["qemu"]).breaks.some
+    assert advise(twice, RULES["qemu"]).breaks.some
     assert json.loads("".join(migrate_text.as_json(twice, RULES["qemu"])))["moves"][0]["outcome"] == "refused"
 
 

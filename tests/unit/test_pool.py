@@ -31,8 +31,10 @@ from probe.models.policy import BY_NAME as POLICY
 from probe.models.policy import PolicyMachine
 from probe.models.profile import NAMED, Profile, parse_profile
 from probe.models.program import Program, Word
-from probe.pool import ANY, Group, Place, advise, breaks_of, comparable, grouped, move, place_of, stays_of
+from probe.pool import ANY, AnyRecord, Group, Place, advise, breaks_of, comparable, grouped, move, place_of, stays_of
+from probe.record import decode
 from probe.report import migrate_text
+from tests.bench.distinct import distinct_kvm, distinct_runs
 
 ZEN2 = Path("results/debian-kernels-nested/zen2-client")
 ZEN = parse_profile("AMD_IBRS,AMD_STIBP,AMD_SSBD").mask
@@ -300,6 +302,23 @@ def test_all_moves_at_once_are_the_moves_one_by_one(rule: Rule) -> None:
             assert (kind in whole.kinds) == any(leaves)
 
 
+def careful(place: Place) -> Place:
+    return replace(place, sides={name: obedient(side) for name, side in place.sides.items()})
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.name))
+def test_what_breaks_for_the_careful_is_what_breaks_if_they_hold_no_more(rule: Rule) -> None:
+    number = random.Random(52)
+    for _ in range(200):
+        places = [
+            Place(str(n), "", {name: some_side(number) for name in ("x", "y")}) for n in range(number.randint(2, 5))
+        ]
+        groups = [Group((place, *number.choice([(), (place,)]))) for place in places]
+        found = breaks_of(stays_of(groups), rule, careful=True)
+        held = breaks_of(stays_of([Group(tuple(map(careful, group.places))) for group in groups]), rule, careful=False)
+        assert found == held
+
+
 def test_a_matrix_of_too_many_kinds_says_what_it_leaves_out() -> None:
     """Those that break come first, and the numbers stay those of the JSON."""
     good = [Place(f"g{n}", "", {"x": Side(0, 0x6, 0x6 ^ n % 2, listed=True, offers=n)}) for n in range(100)]
@@ -312,3 +331,12 @@ def test_a_matrix_of_too_many_kinds_says_what_it_leaves_out() -> None:
     assert all(len(line) <= 75 for line in text.splitlines())
     document = json.loads("".join(migrate_text.as_json(groups, RULE["kvm"], [RULE["kvm"]])))
     assert (len(document["kinds"]), len(document["moves"])) == (101, 101 * 100)
+
+
+def test_the_bench_has_a_pool_without_two_machines_alike() -> None:
+    """And what it measures is a pool that breaks, as its exit code says."""
+    made: list[AnyRecord] = [kvm_record.decode(raw, "x") for raw in [*distinct_kvm(20), *distinct_kvm(20, whole=True)]]
+    made += [decode(raw, "x") for raw in distinct_runs(20)]
+    groups = grouped([place_of(one, str(number)) for number, one in enumerate(made)])
+    assert len(groups) == 60
+    assert advise(groups, RULE["qemu"]).breaks.some
