@@ -388,8 +388,8 @@ def _tried(pool: Pool, places: Sequence[Place], rule: Rule, found: Breaks, *, ca
 class Advice:
     """The smallest change of guests' CPUID that is found to make a pool safe under a rule.
 
-    breaks says what breaks as it is. whole are the bits that some guest may hold and that every move leaves whole. hide
-    are the features (a mask over profile.FEATURES) to leave out for guests that set only what their CPUID enumerates,
+    breaks says what breaks as it is. whole are the bits that some guest may hold and read, and that every move leaves.
+    hide are the features (a mask over profile.FEATURES) to leave out for guests that set only what CPUID enumerates,
     closes those for guests that set what they like; 0: none, None: that makes nothing safe. Both were tried: every move
     of the pool without them works. hole: the bits that a guest with none of the features of closes may hold, and a move
     breaks. unmeasured: the CPUIDs that hide leaves and that some machine was not measured with, unmeasured_closed those
@@ -419,7 +419,7 @@ def advise(groups: Sequence[Group], rule: Rule) -> Advice:
     hide = _tried(pool, places, rule, careful, careful=True)
     closes = _tried(pool, places, rule, found, careful=False)
     held = _either(
-        rule.held(side) or 0 for place in places for side in place.sides.values() if not side.forgets and side.holds
+        (rule.held(side) or 0) & side.sees for place in places for side in place.sides.values() if not side.forgets
     )
     return Advice(
         breaks=found,

@@ -263,7 +263,7 @@ def _advised(groups: Sequence[Group], advice: Advice) -> list[str]:
 
 
 def _whole(advice: Advice) -> list[str]:
-    whole = _named(advice.whole) if advice.whole else "none of the bits that guests may hold"
+    whole = _named(advice.whole) if advice.whole else "none of the bits that guests read back"
     return paragraph(f"every machine takes and keeps: {whole}")
 
 
@@ -285,7 +285,8 @@ def _assumed(guests: Sequence[Profile], what: str) -> list[str]:
     if not guests:
         return []
     named = f" ({guests[0]})" if len(guests) == 1 else f", such as {guests[0]}"
-    return paragraph(f"of the CPUIDs that this leaves {len(guests)} were not measured everywhere{named}: {what}")
+    count = f"{len(guests)} {'was' if len(guests) == 1 else 'were'}"
+    return paragraph(f"of the CPUIDs that this leaves {count} not measured everywhere{named}: {what}")
 
 
 def _for_everyone(advice: Advice) -> list[str]:

@@ -75,6 +75,13 @@ def test_identical_machines_are_a_safe_pool(
     assert "hide the register" not in text
 
 
+def test_what_no_guest_reads_back_is_not_called_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(POLICIES.glob("emulate-guest*6.1*"))
+    _, text = said(capsys, pool(tmp_path, path, path))
+    assert "every machine takes and keeps: none of the bits that guests read back" in text
+    assert "a loss would not be seen for 11 of 16 guest CPUIDs" in text
+
+
 def test_machines_that_keep_nothing_get_no_advice(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, ZEN2)
     assert code == 0
