@@ -22,6 +22,7 @@ from probe.report.kvm_text import CALLED, explained
 from probe.report.layout import clean, field, fields, joined, paragraph
 
 _COMMIT = re.compile(r"-g([0-9a-f]{7,40})(?![0-9a-f])(-dirty)?")
+_MOST_TABLES, _MOST_FINDINGS = 8, 20
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD", "HygonGenuine": "Hygon"}
 
 
@@ -136,10 +137,18 @@ def _register(record: kvm_record.KvmRecord) -> list[str]:
 
 def _run(record: rec.Record) -> list[str]:
     """The report's findings and bits, without what a reviewer does not need."""
-    lines = [*text.headline(record), "", *place(record), "", *text.findings(record), ""]
-    for entry in text.walked_groups(record):
-        lines += [*text.bits(record, entry), ""]
-    return [*lines, *text.restored(record)]
+    lines = [*text.headline(record), "", *place(record), "", *text.findings(record, _MOST_FINDINGS), ""]
+    groups = list(text.walked_groups(record))
+    shown = groups
+    if len(groups) > _MOST_TABLES:
+        shown = sorted(groups, key=lambda group: not group.wrong)[:_MOST_TABLES]
+    for group in shown:
+        lines += [*([text.cpus_of(group.seen.cpus)] if len(groups) > 1 else []), *text.bits(record, group), ""]
+    if len(groups) > len(shown):
+        wrong = sum(bool(group.wrong) for group in groups) - sum(bool(group.wrong) for group in shown)
+        told = f"and {len(groups) - len(shown)} more groups of CPUs, {wrong} of them not as predicted: in the record"
+        lines += [*paragraph(told), ""]
+    return [*lines, *text.restored(record, _MOST_TABLES)]
 
 
 def _kvm(record: kvm_record.KvmRecord) -> list[str]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -22,8 +24,8 @@ from probe.report.layout import LABEL, WIDTH, clean, field, fields, joined, para
 def render(record: rec.Record) -> str:
     """Return the whole report: findings first, then machine, masks, bits, models and the proof of restore."""
     lines = [*headline(record), "", *findings(record), "", *_machine(record), ""]
-    for entry in walked_groups(record):
-        lines += [*_masks(record, entry), "", *bits(record, entry), ""]
+    for group in walked_groups(record):
+        lines += [*_masks(record, group), "", *bits(record, group), ""]
     if record.walk is UNSET:
         lines += [*_plan(record), ""]
     lines += [*_models(record), "", *_rules(record), *restored(record)]
@@ -55,14 +57,15 @@ def measured_anything(record: rec.Record) -> bool:
     return record.walk is UNSET or any(parse_hex64(entry.not_measured) != ALL_BITS for entry in record.verdicts)
 
 
-def findings(record: rec.Record) -> list[str]:
-    """Return the findings, numbered, those that must be acted on first."""
+def findings(record: rec.Record, most: int | None = None) -> list[str]:
+    """Return the findings, numbered, those that must be acted on first; at most so many, and how many are left out."""
     if not record.findings:
         return field("findings", "none in its CPUID; no write was tried" if record.walk is UNSET else "none")
     lines = ["findings"]
-    for number, finding in enumerate(record.findings, 1):
-        where = f"CPU{'s' if not finding.cpus.isdigit() else ''} {finding.cpus}"
-        lines += paragraph(f"{finding.kind}, {where}: {finding.text}", f"{number:>3}. ", "     ")
+    for number, finding in enumerate(record.findings[:most], 1):
+        lines += paragraph(f"{finding.kind}, {told_cpus(finding.cpus)}: {finding.text}", f"{number:>3}. ", "     ")
+    if most is not None and len(record.findings) > most:
+        lines.append(f"     and {len(record.findings) - most} more: in the record")
     return lines
 
 
@@ -131,30 +134,58 @@ def _taint(kernel: rec.Kernel) -> str:
     return f"taint {before}" if before == after else f"taint {before} -> {after}"
 
 
-def walked_groups(record: rec.Record) -> Iterator[rec.ObservationEntry]:
+@dataclass(frozen=True)
+class Walked:
+    """CPUs that were predicted, observed and judged alike, by the record's judge; saved is what they held first."""
+
+    seen: rec.ObservationEntry
+    prediction: rec.PredictionEntry | None
+    verdict: rec.VerdictEntry | None
+    saved: tuple[rec.Saved, ...]
+
+    @property
+    def wrong(self) -> int:
+        """Mask of the bits on which prediction and observation disagree."""
+        return 0 if self.verdict is None else wrong_bits(self.verdict)
+
+
+def walked_groups(record: rec.Record) -> Iterator[Walked]:
     """Split the observations so that CPUs that were predicted or judged otherwise have a table each."""
+    predictions = _by_cpu(entry for entry in record.predictions if entry.model == record.judge)
+    verdicts = _by_cpu(entry for entry in record.verdicts if entry.model == record.judge)
+    saved = _by_cpu(record.saved)
     for entry in record.observations:
         groups: dict[tuple[int, int], list[int]] = {}
         for cpu in parse_list(entry.cpus):
-            key = (id(_prediction_for(record, cpu, record.judge)), id(_verdict_for(record, cpu, record.judge)))
-            groups.setdefault(key, []).append(cpu)
+            groups.setdefault((id(predictions.get(cpu)), id(verdicts.get(cpu))), []).append(cpu)
         for cpus in groups.values():
-            yield replace(entry, cpus=format_list(cpus))
+            held = {id(saved[cpu]): saved[cpu] for cpu in cpus if cpu in saved}
+            first = cpus[0]
+            seen = replace(entry, cpus=format_list(cpus))
+            yield Walked(seen, predictions.get(first), verdicts.get(first), tuple(held.values()))
+
+
+def _by_cpu(entries: Iterable[Any]) -> Mapping[int, Any]:
+    """Return the first entry that names each CPU."""
+    found: dict[int, Any] = {}
+    for entry in entries:
+        for cpu in parse_list(entry.cpus):
+            found.setdefault(cpu, entry)
+    return found
+
+
+def wrong_bits(verdict: rec.VerdictEntry) -> int:
+    """Return the mask of the bits on which prediction and observation disagree."""
+    return (
+        parse_hex64(verdict.unexpected_fault)
+        | parse_hex64(verdict.unexpected_accept)
+        | parse_hex64(verdict.not_retained)
+    )
 
 
 def _mask(outcomes: rec.Masks, name: str) -> int:
     seen = rec.observation_of(outcomes)
     return int(getattr(seen, name))
-
-
-def _prediction_for(record: rec.Record, cpu: int, model: str) -> rec.PredictionEntry | None:
-    entries = (entry for entry in record.predictions if entry.model == model)
-    return next((entry for entry in entries if cpu in _numbers(entry.cpus)), None)
-
-
-def _verdict_for(record: rec.Record, cpu: int, model: str) -> rec.VerdictEntry | None:
-    entries = (entry for entry in record.verdicts if entry.model == model)
-    return next((entry for entry in entries if cpu in _numbers(entry.cpus)), None)
 
 
 @lru_cache(maxsize=256)
@@ -172,10 +203,10 @@ def _short_bits(mask: int) -> str:
     return text if len(text) <= room else f"{bin(mask).count('1')} of 64"
 
 
-def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
+def _masks(record: rec.Record, group: Walked) -> list[str]:
     """Predicted and observed masks one under the other."""
+    entry, prediction = group.seen, group.prediction
     lines = [f"{told_cpus(entry.cpus)}, model {record.judge}"]
-    prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
     label = "predicted"
     if prediction is not None:
         for word in Effect:
@@ -193,10 +224,9 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
             label = ""
     if entry.absent_because:
         lines += field("", f"absent because: {entry.absent_because}")
-    for group in record.saved:
-        if _numbers(group.cpus) & _numbers(entry.cpus):
-            which = "" if len(record.saved) == 1 else f"  {told_cpus(group.cpus)}"
-            lines += paragraph(f"{group.value}{which}", f"{'held first':<{LABEL + 11}}", " " * (LABEL + 11))
+    for saved in group.saved:
+        which = "" if len(record.saved) == 1 else f"  {told_cpus(saved.cpus)}"
+        lines += paragraph(f"{saved.value}{which}", f"{'held first':<{LABEL + 11}}", " " * (LABEL + 11))
     combined = entry.combined
     if combined is not UNSET:
         got = "took #GP" if combined.outcome == "fault" else str(combined.outcome)
@@ -213,17 +243,14 @@ def _masks(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
     return lines
 
 
-def bits(record: rec.Record, entry: rec.ObservationEntry) -> list[str]:
-    """A row per bit that is defined or disagrees; reserved bits that are alike share a row."""
-    prediction = _prediction_for(record, parse_list(entry.cpus)[0], record.judge)
-    verdict = _verdict_for(record, parse_list(entry.cpus)[0], record.judge)
+def bits(record: rec.Record, group: Walked) -> list[str]:
+    """A row for each defined bit; reserved bits that are alike share a row."""
+    prediction, verdict = group.prediction, group.verdict
     if prediction is None or verdict is None:
         return []
-    seen = rec.observation_of(entry.outcomes)
+    seen = rec.observation_of(group.seen.outcomes)
     rows: list[tuple[str, str, str, str, str]] = []
-    shown = SPEC_CTRL.defined | parse_hex64(verdict.unexpected_fault) | parse_hex64(verdict.unexpected_accept)
-    shown |= parse_hex64(verdict.not_retained)
-    shown &= ~parse_hex64(verdict.not_measured) | _planned(record)  # bits that nobody asked for need no row
+    shown = ALL_BITS & (~parse_hex64(verdict.not_measured) | _planned(record))  # what nobody asked for needs no row
     reserved: dict[tuple[str, str, str], list[int]] = {}
     for bit in bits_of(shown):
         columns = (
@@ -286,17 +313,17 @@ def _models(record: rec.Record) -> list[str]:
     """One line per model and group: its mask, and the bits on which it is wrong."""
     wrong_head = "measured bits on which it is wrong" if record.walk is not UNSET else ""
     lines = [f"{'model':<17}{'accepts':<20}{wrong_head}".rstrip()]
+    verdicts_of: dict[str, list[rec.VerdictEntry]] = {}
+    for entry in record.verdicts:
+        verdicts_of.setdefault(entry.model, []).append(entry)
+    by_cpu = {model: _by_cpu(entries) for model, entries in verdicts_of.items()}
     for prediction in record.predictions:
         cpus = "" if _covers_all(record, prediction.cpus) else f" ({told_cpus(prediction.cpus)})"
-        verdicts = [
-            entry
-            for entry in record.verdicts
-            if entry.model == prediction.model and _numbers(entry.cpus) & _numbers(prediction.cpus)
-        ]
+        mine = by_cpu.get(prediction.model, {})
+        verdicts = {id(mine[cpu]): mine[cpu] for cpu in _numbers(prediction.cpus) if cpu in mine}
         wrong = 0
-        for entry in verdicts:
-            for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
-                wrong |= parse_hex64(getattr(entry, name))
+        for entry in verdicts.values():
+            wrong |= wrong_bits(entry)
         text = SPEC_CTRL.describe(wrong) if verdicts else "" if record.walk is UNSET else "-"
         lines += paragraph(f"{text}{cpus}", f"{clean(prediction.model)[:16]:<17}{prediction.accepts:<20}", " " * 37)
         lines += paragraph(prediction.title, "  ", "  ")
@@ -306,8 +333,10 @@ def _models(record: rec.Record) -> list[str]:
 def _rules(record: rec.Record) -> list[str]:
     """Name the hypervisors' rules that fit what was seen, and those that may; of the refuted, how many."""
     lines: list[str] = []
-    for cpus in dict.fromkeys(entry.cpus for entry in record.hypervisor_rules):
-        of_cpus = [entry for entry in record.hypervisor_rules if entry.cpus == cpus]
+    rules: dict[str, list[rec.RuleEntry]] = {}
+    for entry in record.hypervisor_rules:
+        rules.setdefault(entry.cpus, []).append(entry)
+    for cpus, of_cpus in rules.items():
         where = "" if _covers_all(record, cpus) else f" on {told_cpus(cpus)}"
         fits, may = _ranges(of_cpus, "fits"), _ranges(of_cpus, "possible")
         refuted = sum(entry.says == "refuted" for entry in of_cpus)
@@ -341,16 +370,24 @@ def _covers_all(record: rec.Record, cpus: str) -> bool:
 _RESTORE_WORDS = {"verified": "verified by reading", "left": "NOT VERIFIED", "failed": "NOT PUT BACK"}
 
 
-def restored(record: rec.Record) -> list[str]:
-    """Return the proof of restore."""
+def restored(record: rec.Record, most: int | None = None) -> list[str]:
+    """Return the proof of restore, of at most so many groups of CPUs; then those that are not verified come first."""
     if record.walk is UNSET:
         return field("restored", "nothing was written, nothing to put back")
     if not record.restore:
         return field("restored", "nothing was written: no register could be read")
+    entries = record.restore
+    if most is not None and len(entries) > most:
+        entries = sorted(entries, key=lambda entry: entry.state == "verified")
     lines = []
-    for entry in record.restore:
+    for entry in entries[:most]:
         reads = entry.reads if entry.reads is not UNSET else "unreadable"
         word = _RESTORE_WORDS[entry.state]
         text = f"{told_cpus(entry.cpus)}: held {entry.saved}, reads {reads}: {word}"
         lines.append(text + (f" ({entry.note})" if entry.note else ""))
+    left = entries[len(lines) :]
+    if left:
+        bad = sum(entry.state != "verified" for entry in left)
+        how = f"{bad} of them not verified" if bad else "all verified by reading"
+        lines.append(f"and {len(left)} more groups of CPUs, {how}: in the record")
     return fields("restored", lines)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from probe.cpuid.snapshot import Leaf, Snapshot
 from probe.errors import RecordError
 from probe.masks import ALL_BITS, hex64
 from probe.models import registry
-from probe.report import prediction, text
+from probe.report import mail, prediction, text
 from tests.fakes import FakeRegister
 from tests.fakes_machine import cpuid_of, facts_of, in_guest, record_of, sapphire_rapids, small_cpu, threadripper
 
@@ -248,6 +249,82 @@ def test_every_reserved_bit_that_disagrees_is_named_with_its_verdict() -> None:
     report = text.render(scattered_bits())
     assert any(line.split()[-3:] == ["retained", "unexpected", "accept"] for line in report.splitlines())
     assert "12,14,16,18" in report.split("bit      name")[1]
+
+
+# --- mails ---
+
+
+def mail_of(record: rec.Record) -> str:
+    report = mail.render(record, "0" * 64)
+    check_form(report)
+    return report
+
+
+@pytest.mark.parametrize(("name", "heads"), [("one-cpu-differs", ["CPUs 0-4,6-7", "CPU 5"]), ("july-2020-guest", [])])
+def test_tables_of_a_mail_say_whose_they_are_if_there_are_several(name: str, heads: list[str]) -> None:
+    parts = mail_of(GOLDEN[name]()).split("\n\n")
+    assert [part.splitlines()[0] for part in parts if part.startswith("CPU")] == heads
+
+
+@pytest.mark.parametrize("make", [text.render, mail_of])
+def test_reserved_bits_that_were_tried_have_one_row(make: Callable[[rec.Record], str]) -> None:
+    rows = [line.split() for line in make(as_predicted()).splitlines() if "reserved" in line]
+    assert rows == [["9,11-63", "reserved", "faults", "fault", "as", "predicted"]]
+
+
+def every_cpu_differs(count: int) -> rec.Record:
+    """As many groups as CPUs: observed, held first and judged each otherwise; every tenth kept STIBP from being set."""
+    record = as_predicted()
+    record.machine.online = record.walk.cpus = f"0-{count - 1}"  # type: ignore[union-attr]
+    (judged,) = [entry for entry in record.verdicts if entry.model == record.judge]
+    outcomes, verdicts, saved, restored = [], [], [], []
+    for cpu in range(count):
+        kept = 0x4 if cpu % 10 == 9 else 0x6
+        odd = (cpu + 1) << 11
+        outcomes.append(
+            rec.ObservationEntry(
+                cpus=str(cpu), outcomes=rec.Masks(retained=hex64(kept | odd), fault=hex64(ALL_BITS & ~(kept | odd)))
+            )
+        )
+        refused = hex64(0x6 & ~kept)
+        verdicts.append(rec.VerdictEntry(model=record.judge, cpus=str(cpu), unexpected_fault=refused))
+        saved.append(rec.Saved(cpus=str(cpu), value=hex64(cpu)))
+        state = "failed" if cpu == count - 1 else "verified"
+        restored.append(rec.RestoreEntry(cpus=str(cpu), saved=hex64(cpu), reads=hex64(cpu), state=state))  # type: ignore[arg-type]
+    record.observations, record.saved, record.restore = outcomes, saved, restored
+    record.verdicts = [entry for entry in record.verdicts if entry is not judged] + verdicts
+    record.predictions = [
+        rec.PredictionEntry(**{**{name: getattr(entry, name) for name in entry.__struct_fields__}, "cpus": str(cpu)})
+        for entry in record.predictions
+        if entry.model == record.judge
+        for cpu in range(count)
+    ]
+    record.findings = [
+        rec.FindingEntry(kind="unexpected_fault", cpus=str(cpu), mask=hex64(0x2), text="bit 1 (STIBP): took #GP")
+        for cpu in range(9, count, 10)
+    ]
+    return record
+
+
+def test_a_mail_of_many_groups_shows_some_and_says_what_is_left_out() -> None:
+    lines = mail_of(every_cpu_differs(400)).splitlines()
+    assert len(lines) < 220
+    heads = [line for line in lines if line.startswith("CPU ")]
+    assert heads == [f"CPU {cpu}" for cpu in range(9, 80, 10)], "what is not as predicted comes first"
+    assert "and 392 more groups of CPUs, 32 of them not as predicted: in the record" in lines
+    assert "     and 20 more: in the record" in lines
+    assert "restored   CPU 399: held 0x000000000000018f, reads 0x000000000000018f: NOT" in lines
+    assert "and 392 more groups of CPUs, all verified by reading: in the record" in " ".join(" ".join(lines).split())
+
+
+def test_a_report_of_many_groups_takes_time_in_proportion() -> None:
+    def seconds(count: int) -> float:
+        record = every_cpu_differs(count)
+        started = time.process_time()
+        assert text.render(record).count("model vendor") == count
+        return time.process_time() - started
+
+    assert seconds(1000) < 8 * 2 * min(seconds(125) for _ in range(3)), "eight times as many"
 
 
 # --- hostile records ---
