@@ -1029,7 +1029,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from probe.report import kvm_text, mail, moved_text, text
 
     _check_tester(arguments)
-    record, sha256 = _record_and_hash(arguments.record)
+    record, sha256 = _record_and_hash(arguments.record, to_judge=False)
     if arguments.format == "mail":
         sys.stdout.write(mail.render(record, sha256, arguments.tester))
     elif isinstance(record, kvm_record.KvmRecord):
@@ -1166,7 +1166,7 @@ def _shelf(paths: Sequence[str]) -> Shelf:
             continue
         try:
             raw, _ = store.read_raw(str(path))
-            files.append(File(name, store.decode_any(raw, name), hashlib.sha256(raw).hexdigest()))
+            files.append(File(name, store.decode_any(raw, name, to_judge=True), hashlib.sha256(raw).hexdigest()))
         except RecordError as error:
             left_out.append((name, error.message))
     return Shelf(next((path for path in paths if Path(path).is_dir()), "DIR"), tuple(files), tuple(left_out))
@@ -1265,14 +1265,14 @@ def _write_output(text: str, path: str | None, force: bool) -> None:
         raise RecordError(error.message.replace("the record ", ""), "give another place: -o PATH") from error
 
 
-def _record_and_hash(path: str) -> tuple[AnyRecord, str]:
-    """Read a record of any kind, and the SHA-256 of its bytes."""
+def _record_and_hash(path: str, *, to_judge: bool = True) -> tuple[AnyRecord, str]:
+    """Read a record of any kind, and the SHA-256 of its bytes; to_judge: all that it names has to be known here."""
     import hashlib
 
     from probe import store
 
     raw, name = store.read_raw(path, sys.stdin.buffer)
-    return store.decode_any(raw, name), hashlib.sha256(raw).hexdigest()
+    return store.decode_any(raw, name, to_judge=to_judge), hashlib.sha256(raw).hexdigest()
 
 
 def _records_below(folder: Path) -> tuple[list[tuple[str, AnyRecord, str]], list[str]]:

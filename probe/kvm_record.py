@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from probe.errors import RecordError
+from probe.errors import RecordError, UsageError
 from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.models import machines
 from probe.models.machine import Hardware, Host, first_difference
@@ -186,6 +186,45 @@ def profile_name(profile: Profile) -> str:
     return _NAMES.get(profile, str(profile))
 
 
+def parsed_profile(name: str) -> Profile:
+    """Read a profile of a record; raise RecordError for a name that this version does not know."""
+    try:
+        return parse_profile(name)
+    except UsageError as error:
+        raise _unknown("the record", _strangers([name])) from error
+
+
+def check_names(record: KvmRecord, name: str) -> None:
+    """Raise RecordError, which calls the file by name, if the record has CPUID bits that this version does not know.
+
+    A newer minor version may have them. It can be shown, but nothing can be calculated from it.
+    """
+    profiles = [profile for row in record.rows for profile in row.profiles]
+    found = _strangers([*profiles, record.hardware.host_cpuid, record.hardware.supported_cpuid])
+    if found:
+        raise _unknown(name, found)
+
+
+def _strangers(profiles: Iterable[str]) -> list[str]:
+    """Return the words of profiles that name nothing that this version knows, each once."""
+    words = {word.strip() for profile in profiles for word in (profile.split(",") if profile != "none" else ())}
+    found = ["none"] if "none" in words else []  # with bits it makes no sense
+    for word in words:
+        try:
+            parse_profile(word)
+        except UsageError:
+            found.append(word)
+    return sorted(found)
+
+
+def _unknown(name: str, words: Sequence[str]) -> RecordError:
+    told = ", ".join(repr(word[:40]) for word in words[:5]) + (" ..." if len(words) > 5 else "")
+    return RecordError(
+        f"{name} names CPUID bits that this version does not know: {told}",
+        "read it with the spec-ctrl-probe that wrote it, or a newer one; show prints it",
+    )
+
+
 def hardware_entry(host: Host) -> HardwareEntry:
     """Turn the measured host into its entry."""
     hardware = host.hardware
@@ -215,8 +254,8 @@ def host_of(record: KvmRecord) -> Host:
             start=parse_hex64(entry.start),
             pred_cmd=parse_hex64(entry.pred_cmd),
         ),
-        features=parse_profile(entry.host_cpuid).mask,
-        caps=parse_profile(entry.supported_cpuid).mask,
+        features=parsed_profile(entry.host_cpuid).mask,
+        caps=parsed_profile(entry.supported_cpuid).mask,
         switched=entry.switched,
         loaded=entry.loaded,
         ignore_msrs=record.kvm.ignore_msrs == "Y",
@@ -240,7 +279,7 @@ def rows_of(record: KvmRecord) -> list[Measured]:
     rows = []
     for entry in record.rows:
         masks = {name: parse_hex64(mask) for name, mask in entry.cells.items()}
-        rows += [Measured(parse_profile(name), parse_hex64(entry.opener), masks) for name in entry.profiles]
+        rows += [Measured(parsed_profile(name), parse_hex64(entry.opener), masks) for name in entry.profiles]
     return rows
 
 

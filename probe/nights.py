@@ -234,7 +234,9 @@ def decode(raw: bytes, name: str) -> AnyRecord:
     """Read a record of any kind; raise RecordError if it is none."""
     kind, _ = rec.record_kind(raw)
     if kind == "kvm":
-        return kvm_record.decode(raw, name)
+        record = kvm_record.decode(raw, name)
+        kvm_record.check_names(record, name)
+        return record
     return migration_record.decode(raw, name) if kind == migration_record.KIND else rec.decode(raw, name)
 
 

@@ -84,7 +84,8 @@ def _of_kvm(record: kvm_record.KvmRecord, name: str) -> Place:
     """A guest by itself is let through by its first accepted write; it holds what is saved, or reads back, after it."""
     if kvm_record.complaints(record):
         raise RecordError(f"{name} is of a policy that did not decide every write", "mend the policy, and run it again")
-    offers = parse_profile(record.hardware.supported_cpuid).mask
+    kvm_record.check_names(record, name)
+    offers = kvm_record.parsed_profile(record.hardware.supported_cpuid).mask
     listed = record.kvm.in_msr_index_list
     sides = {}
     for row in record.rows:

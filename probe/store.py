@@ -13,7 +13,7 @@ from typing import BinaryIO
 from msgspec import UnsetType
 
 from probe.errors import RecordError
-from probe.kvm_record import KvmRecord
+from probe.kvm_record import KvmRecord, check_names
 from probe.kvm_record import decode as decode_kvm
 from probe.migration_record import KIND, MigrationRecord
 from probe.migration_record import decode as decode_migration
@@ -72,11 +72,14 @@ def read_any(path: Path) -> Record | KvmRecord:
     return decode_kvm(raw, name) if kind else decode(raw, name)
 
 
-def decode_any(raw: bytes, name: str) -> Record | KvmRecord | MigrationRecord:
-    """Read a record of any kind; raise RecordError if it is none."""
+def decode_any(raw: bytes, name: str, *, to_judge: bool = False) -> Record | KvmRecord | MigrationRecord:
+    """Read a record of any kind; raise RecordError if it is none, or has what cannot be judged here (to_judge)."""
     kind, _ = record_kind(raw)
     if kind == "kvm":
-        return decode_kvm(raw, name)
+        record = decode_kvm(raw, name)
+        if to_judge:
+            check_names(record, name)
+        return record
     return decode_migration(raw, name) if kind == KIND else decode(raw, name)
 
 

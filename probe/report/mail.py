@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 from probe import kvm_record, migration_record
 from probe import record as rec
 from probe.diff.moved import AnyRecord
-from probe.masks import format_bits, parse_hex64, told_bits
+from probe.masks import format_bits, parse_hex64, told_bits, told_cpus
 from probe.report import moved_text, text
 from probe.report.kvm_text import CALLED, explained
 from probe.report.layout import clean, field, fields, joined, paragraph
@@ -143,7 +143,7 @@ def _run(record: rec.Record) -> list[str]:
     if len(groups) > _MOST_TABLES:
         shown = sorted(groups, key=lambda group: not group.wrong)[:_MOST_TABLES]
     for group in shown:
-        lines += [*([text.cpus_of(group.seen.cpus)] if len(groups) > 1 else []), *text.bits(record, group), ""]
+        lines += [*([told_cpus(group.seen.cpus)] if len(groups) > 1 else []), *text.bits(record, group), ""]
     if len(groups) > len(shown):
         wrong = sum(bool(group.wrong) for group in groups) - sum(bool(group.wrong) for group in shown)
         told = f"and {len(groups) - len(shown)} more groups of CPUs, {wrong} of them not as predicted: in the record"

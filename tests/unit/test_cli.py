@@ -188,6 +188,51 @@ def test_a_record_that_is_none(what: str, tmp_path: Path, capsys: Captured) -> N
     assert "record.json" in said
 
 
+KVM = next(Path("results/debian-kernels-nested/zen2-client").glob("*-kvm-7.2*.json"))
+
+
+def of_a_newer_minor(folder: Path, where: str) -> str:
+    """A record of KVM with the name of a CPUID bit that this version does not know, in a row or in the host's own."""
+    document = json.loads(KVM.read_bytes())
+    document["schema_version"] = "1.9"
+    if where == "row":
+        document["rows"][0]["profiles"].append("AMD_STIBP,NEW_BIT")
+    else:
+        document["hardware"][where] += ",NEW_BIT"
+    path = folder / "newer.json"
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+@pytest.mark.parametrize("where", ["row", "host_cpuid", "supported_cpuid"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["html"],
+        ["diff", str(KVM)],
+        ["export", "--format", "ktap"],
+        ["export", "--format", "csv"],
+        ["migrate", str(KVM)],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_cpuid_bit_that_is_not_known_is_said_with_the_file(
+    command: list[str], where: str, tmp_path: Path, capsys: Captured
+) -> None:
+    said = fails([*command, of_a_newer_minor(tmp_path, where)], ExitCode.FAILED, capsys)
+    assert "newer.json names CPUID bits that this version does not know: 'NEW_BIT'" in said
+    assert "zen2-client-2020" not in said, "no list of all profiles"
+
+
+def test_such_a_record_is_shown_and_left_out_of_a_folder(tmp_path: Path, capsys: Captured) -> None:
+    path = of_a_newer_minor(tmp_path, "row")
+    assert main(["show", path]) == main(["show", path, "--format", "mail"]) == ExitCode.AS_PREDICTED
+    (tmp_path / "known.json").write_bytes(KVM.read_bytes())
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path), str(KVM)]) in (ExitCode.AS_PREDICTED, ExitCode.FINDINGS)
+    assert re.search(r"^left out: .*newer\.json names CPUID bits", capsys.readouterr().err)
+
+
 def test_a_record_in_a_folders_place(tmp_path: Path, capsys: Captured) -> None:
     assert "Is a directory" in fails(["show", str(tmp_path)], ExitCode.FAILED, capsys)
 

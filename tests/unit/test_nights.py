@@ -126,6 +126,15 @@ def test_bad_records_cost_no_other(lab: Path) -> None:
     assert done.lost["newer"].startswith("its record was set aside: ")
 
 
+def test_a_matrix_with_a_cpuid_bit_that_is_not_known_is_set_aside(lab: Path) -> None:
+    document = json.loads(KVM.read_bytes())
+    document["rows"][0]["profiles"].append("NEW_BIT")
+    done = taken(lab, newer=json.dumps(document).encode(), good=rec.encode(run()))
+    assert [one.file for one in done.bad] == ["newer"]
+    assert "'NEW_BIT'" in done.bad[0].why
+    assert len(done.rows) == 1
+
+
 def test_what_is_set_aside_stays_aside_and_whole(lab: Path) -> None:
     taken(lab, good=rec.encode(run()), bad=b"one\n")
     for _ in range(2):
