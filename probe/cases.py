@@ -164,6 +164,10 @@ def bit_name(bit: int) -> str:
     return f"bit{bit:02}_{SPEC_CTRL.name_of(bit).lower()}"
 
 
+_BIT_NAMES = tuple(bit_name(bit) for bit in range(64))
+_PASSED = tuple(Case(name, Status.PASS) for name in _BIT_NAMES)
+
+
 @dataclass(frozen=True)
 class Group:
     """CPUs that were predicted, observed and judged alike, by the record's judge; None where there was no walk."""
@@ -391,11 +395,11 @@ def _bits(record: rec.Record, group: Group) -> tuple[Case, ...]:
     for bit in range(64):
         found = next((rule[1:] for rule in rules if rule[0] >> bit & 1), None)
         if found is None:
-            cases.append(Case(bit_name(bit), Status.PASS))
+            cases.append(_PASSED[bit])
             continue
         status, told, tells, end = found
         outcome = next((name for name, mask in outcomes.items() if mask >> bit & 1), _NOT_TRIED) if tells else ""
-        cases.append(Case(bit_name(bit), status, f"{told}{outcome}{end}"))
+        cases.append(Case(_BIT_NAMES[bit], status, f"{told}{outcome}{end}"))
     return tuple(cases)
 
 

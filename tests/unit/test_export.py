@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from probe.verdict import KINDS
 from tests.fakes import FakeRegister
 from tests.fakes_machine import record_of, threadripper
 from tests.unit.test_report import GOLDEN as RUNS
-from tests.unit.test_report import HOSTILE, METAL, as_predicted, july_2020_guest
+from tests.unit.test_report import HOSTILE, METAL, as_predicted, every_cpu_differs, july_2020_guest
 
 Golden = Callable[[str, str], None]
 RECORDS = sorted(Path("results").rglob("*.json"))
@@ -682,3 +683,19 @@ def test_a_page_allows_its_own_style_and_script_and_nothing_else(tmp_path: Path)
 def test_a_page_of_every_record_of_results() -> None:
     page = render([(path.name, decode_any(path.read_bytes(), path.name), "0" * 64) for path in RECORDS])
     assert page.count('<section id="r') == len(RECORDS)
+
+
+def test_cpus_that_all_differ_share_what_is_alike_on_the_page() -> None:
+    """A row for each, but reasons and models once; and the page is made in proportion to their number."""
+
+    def page(count: int) -> tuple[str, float]:
+        record = every_cpu_differs(count)
+        started = time.process_time()
+        return render([("run.json", record, "0" * 64)]), time.process_time() - started
+
+    text, seconds = page(1000)
+    assert 'data-rows="1000"' in text
+    assert text.count("<tr data-p=") == text.count("<small>CPUs 0-999</small>") > 0, "each reason once"
+    assert text.count("(CPUs 0-999)<br>") == 1, "one model"
+    assert "wrong on bits 1 (STIBP)" in text
+    assert seconds < 8 * 2 * min(page(125)[1] for _ in range(3)), "eight times as many"

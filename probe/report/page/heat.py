@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The heat map of a record as data: rows of CPUs or guest CPUIDs, columns of bits, cells of outcome and verdict. Pure.
 
-Bits that are alike in every row share a column. A cell is a state (one of STATES) and whether it is otherwise than the
-judge says.
+Bits that are alike in every row share a column. A cell is two characters: a state (one of STATES) and a mark (MARKS).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
+import msgspec
 from msgspec import UNSET
 
 from probe import kvm_record
 from probe import record as rec
-from probe.cases import groups_of, judge_of, outcome_of, said_of
+from probe.cases import groups_of, judge_of, said_of
 from probe.masks import ALL_BITS, format_bits, parse_hex64, told_cpus
 from probe.models.matrix import Expected
 from probe.nights import Row as NightRow
@@ -29,6 +30,7 @@ STATES: Mapping[str, tuple[str, str]] = {
     "o": ("?", "accepted, altered or unsteady"),
     "m": ("≈", "several of these: in the record"),
 }
+WRONG, OPEN, PLAIN = "!", "~", " "  # marks: otherwise than the judge says, left open by it, neither of them
 _MOST_RESERVED = 5  # columns; the classes beyond share one, whose cells may be mixed
 _OF_OUTCOME = {"retained": "a", "dropped": "d", "fault": "f", "altered": "o", "unstable": "o"}
 
@@ -43,42 +45,39 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What one column did: a state, whether the judge says otherwise, and over how many columns it runs."""
-
-    state: str
-    wrong: bool
-    span: int = 1
-
-
-@dataclass(frozen=True)
 class Row:
-    """One row: names of its CPUs or guests, and for each question the cells of all columns.
+    """One row: names of its CPUs or guests, and for each question the cells of all columns, in two characters each.
 
     beside: in a question that the map does not show something is otherwise than the judge says. prediction is the
     number of the judge's prediction for these CPUs.
     """
 
     names: tuple[str, ...]
-    cells: tuple[tuple[Cell, ...], ...]
+    cells: tuple[str, ...]
     beside: bool = False
     prediction: int = 0
 
     @property
     def wrong(self) -> bool:
         """True if something is otherwise than the judge says."""
-        return self.beside or any(cell.wrong for cells in self.cells for cell in cells)
+        return self.beside or any(WRONG in cells for cells in self.cells)
 
 
 @dataclass(frozen=True)
 class Map:
-    """A heat map; columns are those of each question."""
+    """A heat map; columns are those of each question.
+
+    rule says in a line what the judge goes by, where it gives no reason for a single bit. open: cells that the judge
+    leaves open are marked so; else that is not known.
+    """
 
     questions: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     judge: str
     source: str = ""
+    rule: str = ""
+    open: bool = True
 
 
 # Name, cell of acceptance, cell of read-back.
@@ -88,7 +87,8 @@ _QUESTIONS = (
     ("host write, first", "host_first", "host_first_kept"),
     ("host write, guest let through", "host_after", ""),
 )
-_Masks = tuple[int, int, int, int, int]  # accepted and kept, not kept, refused, odd, otherwise than the judge says
+# accepted and kept, not kept, refused, odd, otherwise than the judge says, left open by it
+_Masks = tuple[int, int, int, int, int, int]
 _Found = tuple[tuple[str, ...], tuple[_Masks, ...], bool, int]  # names, masks of each question, beside, prediction
 
 
@@ -113,38 +113,57 @@ def of_kvm(record: kvm_record.KvmRecord) -> Map:
     order = sorted(rows.items(), key=lambda item: -len(item[1]))
     questions = [question for question, *_ in _QUESTIONS]
     found = [(tuple(names), masks, beside, 0) for (beside, masks), names in order]
-    return _map(questions, found, judge.name if judge else "", judge.source if judge else "")
+    columns, mapped = _mapped(found)
+    if judge is None:
+        return Map(tuple(questions), columns, mapped, "")
+    return Map(tuple(questions), columns, mapped, judge.name, judge.source, judge.title)
 
 
 def _kvm_masks(masks: Mapping[str, int], said: Expected | None, accept: str, kept: str) -> _Masks:
     if accept not in masks:
-        return 0, 0, 0, 0, 0
+        return 0, 0, 0, 0, 0, 0
     took = masks[accept]
     keeps = masks.get(kept, took) if kept else took
-    wrong = 0
-    for name in (accept, kept):
-        if said is not None and name in masks:
-            wrong |= (masks[name] ^ said.masks.get(name, 0)) & said.decided.get(name, 0)
-    return took & keeps, took & ~keeps, ALL_BITS & ~took, 0, wrong
+    wrong = left = 0
+    if said is not None:
+        decided = said.decided.get(accept, 0)
+        wrong = (took ^ said.masks.get(accept, 0)) & decided
+        left = ALL_BITS & ~decided
+        if kept in masks:
+            decided = said.decided.get(kept, 0)
+            wrong |= (masks[kept] ^ said.masks.get(kept, 0)) & decided
+            left |= took & ~decided  # of what took #GP nothing is kept, whatever is said
+    return took & keeps, took & ~keeps, ALL_BITS & ~took, 0, wrong, left & ~wrong
 
 
 def of_run(record: rec.Record) -> Map:
     """Return the map of a run: a row for each group of CPUs that are alike in everything."""
     rows: list[_Found] = []
-    numbers = {id(entry): number for number, entry in enumerate(record.predictions)}
+    numbers = numbered(record)
     for group in groups_of(record):
         masks = dict.fromkeys(STATES, 0)
         if group.observation is not None and record.walk is not UNSET:
-            for bit in range(64):
-                masks[_OF_OUTCOME.get(outcome_of(group.observation, bit), "n")] |= 1 << bit
-        verdict = group.verdict
+            for outcome, state in _OF_OUTCOME.items():
+                masks[state] |= parse_hex64(getattr(group.observation.outcomes, outcome))
+        verdict, prediction = group.verdict, group.prediction
         wrong = 0
         if verdict is not None:
             for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
                 wrong |= parse_hex64(getattr(verdict, name))
-        each = (masks["a"], masks["d"], masks["f"], masks["o"], wrong)
-        rows.append(((told_cpus(group.cpus),), (each,), False, numbers.get(id(group.prediction), 0)))
-    return _map(["write"], rows, record.judge)
+        measured = masks["a"] | masks["d"] | masks["f"] | masks["o"]
+        left = 0 if prediction is None else parse_hex64(prediction.either) & measured & ~wrong
+        each = (masks["a"], masks["d"], masks["f"], masks["o"], wrong, left)
+        rows.append(((told_cpus(group.cpus),), (each,), False, numbers.get(id(prediction), 0)))
+    return Map(("write",), *_mapped(rows), record.judge)
+
+
+def numbered(record: rec.Record) -> dict[int, int]:
+    """Return a number for each prediction (by id); those that say the same for the same reasons share one."""
+    found: dict[bytes, int] = {}
+    return {
+        id(entry): found.setdefault(msgspec.json.encode((entry.model, entry.reasons)), len(found))
+        for entry in record.predictions
+    }
 
 
 def of_night(rows: Sequence[NightRow]) -> Map:
@@ -158,7 +177,7 @@ def of_night(rows: Sequence[NightRow]) -> Map:
         cpu = f"{where}{row.vendor} {row.family:02x}-{row.model:02x}-{row.stepping:02x} ucode {row.microcode}{under}"
         known = ~row.unmeasured
         dropped = row.accepts & ~row.retained & ~row.odd & known
-        masks = (row.retained & row.accepts & known, dropped, row.faults & known, row.odd, row.wrong)
+        masks = (row.retained & row.accepts & known, dropped, row.faults & known, row.odd, row.wrong, 0)
         names = hosts.setdefault((cpu, masks), [])
         if row.host not in names:
             names.append(row.host)
@@ -166,31 +185,17 @@ def of_night(rows: Sequence[NightRow]) -> Map:
         ((f"{cpu}: {len(names)} machine{'' if len(names) == 1 else 's'}", *sorted(names)), (masks,), False, 0)
         for (cpu, masks), names in sorted(hosts.items())
     ]
-    return _map(["write"], found, "its record's model")
+    return Map(("write",), *_mapped(found), "its record's model", open=False)
 
 
-def merged(map_: Map) -> Map:
-    """Return the same with neighbours of one row that are alike in one cell."""
-
-    def run(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
-        found: list[Cell] = []
-        for cell in cells:
-            if found and (found[-1].state, found[-1].wrong) == (cell.state, cell.wrong):
-                found[-1] = Cell(cell.state, cell.wrong, found[-1].span + 1)
-            else:
-                found.append(cell)
-        return tuple(found)
-
-    return replace(map_, rows=tuple(replace(row, cells=tuple(run(cells) for cells in row.cells)) for row in map_.rows))
-
-
-def _map(questions: Sequence[str], rows: Sequence[_Found], judge: str, source: str = "") -> Map:
+def _mapped(rows: Sequence[_Found]) -> tuple[tuple[Column, ...], tuple[Row, ...]]:
     columns = tuple(_columns([masks for _, each, *_ in rows for masks in each]))
-    found = tuple(
-        Row(names, tuple(_cells(columns, masks) for masks in each), beside, prediction)
+    bits = tuple(column.mask for column in columns)
+    found = (
+        Row(names, tuple(_cells_of(bits, masks) for masks in each), beside, prediction)
         for names, each, beside, prediction in rows
     )
-    return Map(tuple(questions), columns, found, judge, source)
+    return columns, tuple(found)
 
 
 def _columns(every: Sequence[_Masks]) -> Iterator[Column]:
@@ -208,14 +213,13 @@ def _columns(every: Sequence[_Masks]) -> Iterator[Column]:
         yield Column(mask, told if len(told) < 8 else f"{told.split(',')[0]}…", f"reserved {told}")
 
 
-def _cells(columns: Sequence[Column], masks: _Masks) -> tuple[Cell, ...]:
-    kept, lost, refused, odd, wrong = masks
-    states = (("a", kept), ("d", lost), ("f", refused), ("o", odd))
+@lru_cache(maxsize=4096)
+def _cells_of(bits: tuple[int, ...], masks: _Masks) -> str:
+    kept, lost, refused, odd, wrong, left = masks
+    nothing = ALL_BITS & ~(kept | lost | refused | odd)
+    states = (("a", kept), ("f", refused), ("d", lost), ("n", nothing), ("o", odd))
     cells = []
-    for column in columns:
-        found = [state for state, mask in states if mask & column.mask]
-        tried = sum(mask for _, mask in states)
-        if column.mask & ~tried:
-            found.append("n")
-        cells.append(Cell(found[0] if len(found) == 1 else "m", bool(wrong & column.mask)))
-    return tuple(cells)
+    for bit in bits:
+        cells.append(next((state for state, mask in states if mask & bit == bit), "m"))
+        cells.append(WRONG if wrong & bit else OPEN if left & bit == bit else PLAIN)
+    return "".join(cells)

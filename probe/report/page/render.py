@@ -10,7 +10,8 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -24,7 +25,7 @@ from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
 from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import compare
-from probe.masks import parse_hex64, told_bits, told_cpus
+from probe.masks import format_list, parse_hex64, parse_list, told_bits, told_cpus
 from probe.models import machines
 from probe.registers import SPEC_CTRL
 from probe.report import moved_text
@@ -32,9 +33,10 @@ from probe.report.kvm_text import explained
 from probe.report.layout import clean
 from probe.report.mail import not_hardware
 from probe.report.page import heat
+from probe.report.text import wrong_bits
 
-MERGED_FROM = 200  # rows, from which neighbours that are alike share a cell, and cells are no links
-_AT_ONCE = 100  # rows in the table; the others wait in a second one, which is text for a browser that has scripts
+_MOST_LINKED = 200  # rows; of more of them cells are no links
+_AT_ONCE = 50  # rows in the table; the others are letters, of which a browser that has scripts makes cells
 _NAMES_SHOWN = 3
 _BESIDE = " !"  # after a name; the legend says what it means
 
@@ -133,16 +135,16 @@ def _section(number: int, name: str, record: AnyRecord, sha256: str, report: Rep
 
 def mapped(prefix: str, map_: heat.Map | None) -> dict[str, Any]:
     """Return what map.html.j2 needs of a heat map, whose elements are called after prefix."""
-    merged = map_ is not None and len(map_.rows) >= MERGED_FROM
-    if map_ is not None and merged:
-        map_ = heat.merged(map_)
+    if map_ is None:
+        return {"map": None, "beside": False, "body": "", "rest": "", "data": ""}
+    links = len(map_.rows) <= _MOST_LINKED
     return {
         "map": map_,
-        "merged": merged,
-        "beside": map_ is not None and any(row.beside for row in map_.rows),
-        "body": "" if map_ is None else _body(prefix, map_, map_.rows[:_AT_ONCE], links=not merged),
-        "rest": "" if map_ is None else _body(prefix, map_, map_.rows[_AT_ONCE:], links=not merged),
-        "data": "" if map_ is None else _data(map_),
+        "beside": any(row.beside for row in map_.rows),
+        "body": _lines(map_.rows[:_AT_ONCE], _Cells(prefix, map_, links=links)),
+        "rest": _lines(map_.rows[_AT_ONCE:], _letters),
+        "heads": "".join(f"{column.head if column.mask in _SINGLE else 'r':<2}" for column in map_.columns),
+        "data": _data(map_),
     }
 
 
@@ -154,7 +156,7 @@ def _badge(record: AnyRecord, report: Report) -> str:
 
 
 def _facts(record: AnyRecord) -> list[tuple[str, str]]:
-    machine, kernel = record.machine, record.kernel
+    machine, kernel, bios = record.machine, record.kernel, record.machine.bios
     facts = [
         (
             "machine",
@@ -162,7 +164,9 @@ def _facts(record: AnyRecord) -> list[tuple[str, str]]:
         ),
         ("microcode", ", ".join(f"{one.revision} on {told_cpus(one.cpus)}" for one in machine.microcode) or "unknown"),
         ("hypervisor", (machine.hypervisor or "unnamed") if machine.under_hypervisor else "none: bare metal"),
+        ("firmware", " ".join(part for part in (bios.vendor, bios.version, bios.date) if part) or "unknown"),
         ("kernel", f"{kernel.release} {kernel.version}"),
+        ("lockdown", kernel.lockdown or "unknown"),
         ("command line", " ".join(kernel.cmdline) or "nothing that bears on it"),
         ("made", f"{record.started}, {record.duration:.1f} s, spec-ctrl-probe {record.tool.version}"),
         ("command", " ".join(record.tool.arguments)),
@@ -184,11 +188,25 @@ def _facts(record: AnyRecord) -> list[tuple[str, str]]:
             ("host CPUID", hardware.host_cpuid.replace(",", ", ")),
             ("CPUID offered", hardware.supported_cpuid.replace(",", ", ")),
         ]
-        if not isinstance(record.guest, UnsetType):
-            facts.append(("guest", f"{record.guest.kernel} {record.guest.kernel_version}, {record.guest.accelerator}"))
+    facts += _place(record)
     spared = [name for name, text in sorted(kernel.mitigations.items()) if text == "Not affected"]
     facts += [(f"mitigation {name}", text) for name, text in sorted(kernel.mitigations.items()) if name not in spared]
     return [*facts, ("not affected", ", ".join(spared))] if spared else facts
+
+
+def _place(record: AnyRecord) -> list[tuple[str, str]]:
+    """Say where it was measured: on the machine itself, or in a guest that was booted for it, and how."""
+    guest = record.place.guest if isinstance(record, rec.Record) else record.guest
+    if isinstance(guest, UnsetType):
+        return [("place", record.place.because)] if isinstance(record, rec.Record) else []
+    facts = [
+        ("guest", f"booted for it: {guest.kernel} {guest.kernel_version}"),
+        ("QEMU", guest.qemu),
+        ("accelerator", guest.accelerator),
+    ]
+    if isinstance(record, rec.Record):
+        facts.insert(0, ("place", record.place.because))
+    return facts
 
 
 def _bits(mask: str) -> str:
@@ -213,20 +231,31 @@ def _findings(report: Report) -> list[tuple[str, str]]:
 
 
 def _reasons(record: rec.Record) -> list[dict[str, str]]:
-    """Return why the judge predicts what it does, bit by bit."""
+    """Return why the judge predicts what it does, bit by bit, once for all CPUs of which it says the same."""
+    numbers = heat.numbered(record)
+    cpus: dict[int, list[str]] = {}
+    first: dict[int, rec.PredictionEntry] = {}
+    for entry in record.predictions:
+        if entry.model == record.judge:
+            number = numbers[id(entry)]
+            cpus.setdefault(number, []).append(entry.cpus)
+            first.setdefault(number, entry)
     return [
         {
             "number": str(number),
-            "cpus": entry.cpus,
+            "cpus": _together(cpus[number]),
             "bits": SPEC_CTRL.brief(parse_hex64(reason.mask)),
             "effect": reason.effect,
             "because": reason.because,
             "source": reason.source,
         }
-        for number, entry in enumerate(record.predictions)
-        if entry.model == record.judge
+        for number, entry in first.items()
         for reason in entry.reasons
     ]
+
+
+def _together(cpus: Sequence[str]) -> str:
+    return cpus[0] if len(cpus) == 1 else format_list(cpu for some in cpus for cpu in parse_list(some))
 
 
 def _models(record: AnyRecord) -> list[dict[str, Any]]:
@@ -247,66 +276,99 @@ def _models(record: AnyRecord) -> list[dict[str, Any]]:
         ]
     if not isinstance(record, rec.Record):
         return []
-    found: list[dict[str, Any]] = []
+    wrong: dict[str, dict[int, int]] = {}
+    for verdict in record.verdicts:
+        mask = wrong_bits(verdict)
+        wrong.setdefault(verdict.model, {}).update(dict.fromkeys(parse_list(verdict.cpus), mask) if mask else {})
+    found: dict[tuple[str, str], list[rec.PredictionEntry]] = {}
     for entry in record.predictions:
-        wrong = 0
-        for verdict in record.verdicts:
-            if verdict.model == entry.model:
-                for name in ("unexpected_fault", "unexpected_accept", "not_retained"):
-                    wrong |= parse_hex64(getattr(verdict, name))
-        found.append(
-            {
-                "name": entry.model,
-                "title": f"{entry.title} ({told_cpus(entry.cpus)})",
-                "source": "; ".join(dict.fromkeys(reason.source for reason in entry.reasons)),
-                "right": f"accepts {SPEC_CTRL.brief(parse_hex64(entry.accepts))}",
-                "all": "" if wrong else "all",
-                "first": [],
-                "answer": f"wrong on {SPEC_CTRL.told(wrong)}" if wrong else "",
-            }
-        )
-    return found
+        found.setdefault((entry.model, entry.accepts), []).append(entry)
+    return [_model(entries, wrong.get(model, {})) for (model, _), entries in found.items()]
 
 
-def _body(prefix: str, map_: heat.Map, rows: Sequence[heat.Row], *, links: bool) -> Markup:
-    """Return the rows of the heat map: cells of fixed words, names escaped, no end tags that HTML does not need."""
+def _model(entries: Sequence[rec.PredictionEntry], wrong_on: Mapping[int, int]) -> dict[str, Any]:
+    """Return what one model says for all CPUs to which it says the same, and on which bits of any it is wrong."""
+    entry = entries[0]
+    cpus = _together([one.cpus for one in entries])
+    wrong = 0
+    if wrong_on:
+        for cpu in parse_list(cpus):
+            wrong |= wrong_on.get(cpu, 0)
+    return {
+        "name": entry.model,
+        "title": f"{entry.title} ({told_cpus(cpus)})",
+        "source": "; ".join(dict.fromkeys(reason.source for reason in entry.reasons)),
+        "right": f"accepts {SPEC_CTRL.brief(parse_hex64(entry.accepts))}",
+        "all": "" if wrong else "all",
+        "first": [],
+        "answer": f"wrong on {SPEC_CTRL.told(wrong)}" if wrong else "",
+    }
+
+
+def _lines(rows: Sequence[heat.Row], told: Callable[[tuple[str, ...]], str]) -> Markup:
+    """Return rows of the heat map: names escaped, no end tags that HTML does not need; told writes the cells of one."""
     lines = []
     for row in rows:
-        shown = [clean(name).replace(",", "+") for name in row.names]
-        more = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
-        title = f' title="{escape(", ".join(shown))}"' if more else ""
-        cells = [_cells(prefix, map_, question, each, links=links) for question, each in enumerate(row.cells)]
+        names = [clean(name).replace(",", "+") for name in row.names]
+        shown, more = ", ".join(names[:_NAMES_SHOWN]), names[_NAMES_SHOWN:]
         wrong = " class=w" if row.wrong else ""
         wrong += f" data-p={row.prediction}" if row.prediction else ""
-        names = escape(", ".join(shown[:_NAMES_SHOWN]) + more)
         mark = _BESIDE if row.beside else ""
-        lines.append(f"<tr{wrong}><th scope=row{title}>{names}{mark}{''.join(cells)}")
+        rest = f"<details><summary>and {len(more)} more</summary>{escape(', '.join(more))}</details>" if more else ""
+        lines.append(f"<tr{wrong}><th scope=row>{escape(shown)}{mark}{rest}{told(row.cells)}")
     return Markup("\n".join(lines))
 
 
-def _cells(prefix: str, map_: heat.Map, question: int, cells: Sequence[heat.Cell], *, links: bool) -> str:
+class _Cells:
+    """Writes each cell as an element, with a link to the reasons and what it says if there are not too many."""
+
+    def __init__(self, prefix: str, map_: heat.Map, *, links: bool) -> None:
+        self._prefix, self._map, self._links = prefix, map_, links
+
+    def __call__(self, questions: tuple[str, ...]) -> str:
+        return "".join(
+            self._cell(question, at, cells[2 * at], cells[2 * at + 1])
+            for question, cells in enumerate(questions)
+            for at in range(len(cells) // 2)
+        )
+
+    def _cell(self, question: int, at: int, state: str, mark: str) -> str:
+        letter, said = heat.STATES[state]
+        inner = f"{letter}{mark}".rstrip()
+        if self._links:
+            told = f"{self._map.questions[question]}, {self._map.columns[at].name}: {said}"
+            told += {heat.WRONG: "; {} says otherwise", heat.OPEN: "; {} leaves it open"}.get(mark, "").format(
+                clean(self._map.judge)
+            )
+            inner = f'<a href="#{self._prefix}-bits" title="{escape(told)}">{inner}</a>'
+        name = (state.upper() if at == 0 else state) + _MARKED[mark]  # A begins a question
+        return f"<td>{inner}" if name == "f" else f"<td class={name}>{inner}"  # the most common one has no class
+
+
+_MARKED = {heat.WRONG: "x", heat.OPEN: "u", heat.PLAIN: ""}
+_SINGLE = {bit.mask for bit in SPEC_CTRL.bits}
+_LETTERS = str.maketrans({state: letter for state, (letter, _) in heat.STATES.items()})
+# Of what runs that are alike are made, and the element that colours them; #GP has none.
+_RUNS = tuple(
+    (re.compile(f"(?:[{letters}].)+"), rf"<{element}>\g<0></{element}>")
+    for letters, element in (("A", "b"), ("D", "i"), ("·?≈", "u"))
+)
+
+
+def _letters(questions: tuple[str, ...]) -> str:
+    """Write the cells of each question as one text, two characters each, with runs that are alike in an element."""
     out = []
-    at = 0
-    for cell in cells:
-        letter, said = heat.STATES[cell.state]
-        mark = "!" if cell.wrong else ""
-        name = (cell.state.upper() if at == 0 else cell.state) + ("x" if cell.wrong else "")  # A begins a question
-        span = f" colspan={cell.span}" if cell.span > 1 else ""
-        inner = letter + mark
-        if links:
-            told = f"{map_.questions[question]}, {map_.columns[at].name}: {said}"
-            told += f"; {clean(map_.judge)} says otherwise" if cell.wrong else ""
-            inner = f'<a href="#{prefix}-bits" title="{escape(told)}">{inner}</a>'
-        shown = "" if name == "f" else f" class={name}"  # the most common one has none
-        out.append(f"<td{shown}{span}>{inner}")
-        at += cell.span
+    for cells in questions:
+        text = cells.translate(_LETTERS)
+        for runs, element in _RUNS:
+            text = runs.sub(element, text)
+        out.append(f"<td>{text}")
     return "".join(out)
 
 
 def _data(map_: heat.Map) -> Markup:
     """Return what the script needs, as JSON that ends no element."""
     columns = [[column.head, column.name] for column in map_.columns]
-    text = json.dumps(
-        {"questions": map_.questions, "columns": columns, "judge": clean(map_.judge), "source": clean(map_.source)}
-    )
+    judge = {name: clean(getattr(map_, name)) for name in ("judge", "source", "rule")}
+    text = json.dumps({"questions": map_.questions, "columns": columns, "open": map_.open, **judge})
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
