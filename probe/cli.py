@@ -1292,9 +1292,8 @@ def _records_below(folder: Path) -> tuple[list[tuple[str, AnyRecord, str]], list
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    import textwrap
-
     from probe.models import machines, registry
+    from probe.report.layout import joined, paragraph
 
     if arguments.models_command == "diff":
         return _models_diff(arguments)
@@ -1302,12 +1301,13 @@ def _models(arguments: argparse.Namespace) -> int:
         ("predictors: masks from one CPUID (predict, run)", registry.MODELS),
         ("state machines: answers to any program (kvm, models diff)", machines.MACHINES),
     ]
-    for number, (title, models) in enumerate(catalogue):
-        print(("\n" if number else "") + title)
+    lines: list[str] = []
+    for title, models in catalogue:
+        lines += [*([""] if lines else []), title]
         for model in models:
-            print(f"  {model.name:<18}{model.title}")
-            for line in textwrap.wrap(model.source, 55, break_on_hyphens=False, break_long_words=False):
-                print(f"{'':<20}{line}")
+            lines += paragraph(model.title, f"  {model.name:<18}", " " * 20)
+            lines += paragraph(model.source, " " * 8, " " * 8)  # with room for a Message-ID in one piece
+    sys.stdout.write(joined(lines))
     return int(ExitCode.AS_PREDICTED)
 
 
@@ -1315,19 +1315,23 @@ def _models_diff(arguments: argparse.Namespace) -> int:
     from probe.models import machines
     from probe.models.difference import MOST_STEPS, difference
     from probe.models.program import format_answer, written
+    from probe.report.layout import joined, paragraph
 
     one, other = machines.get(arguments.one), machines.get(arguments.other)
     found = difference(one, other)
     if found is None:
         print(f"{one.name} and {other.name}: no difference in any program of up to {MOST_STEPS} operations")
         return int(ExitCode.AS_PREDICTED)
-    print(written(found.program, [answer for answer in found.one[:-1] if answer is not None], between="\n"))
+    before = [answer for answer in found.one[:-1] if answer is not None]
+    print(written(found.program, before, between="\n"))  # in lines that kvm replay reads, whatever the window
+    lines: list[str] = []
     for machine, answers in ((one, found.one), (other, found.other)):
         last = answers[-1]
-        print(f"{machine.name:<20}{'nothing' if last is None else format_answer(last)}")
-    print(f"on {found.host}")
+        lines.append(f"{machine.name:<20}{'nothing' if last is None else format_answer(last)}")
+    lines += paragraph(f"on {found.host}", "", "  ")
     for machine in (one, other):
-        print(f"{machine.name}: {machine.source}")
+        lines += paragraph(f"{machine.name}: {machine.source}", "", "  ")
+    sys.stdout.write(joined(lines))
     return int(ExitCode.FINDINGS)
 
 

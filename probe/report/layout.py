@@ -14,7 +14,9 @@ from contextvars import ContextVar
 WIDTH = 75
 LABEL = 11
 _HEAD = 20  # columns that a line may need before a name
-_NARROWEST = 30
+_NARROWEST = 20
+_ROOM = 24  # columns that a text needs beside its head; with fewer it stands below, a little indented
+_BELOW = "    "
 _columns: ContextVar[int] = ContextVar("columns", default=WIDTH)
 
 
@@ -23,20 +25,32 @@ def narrow(columns: int) -> None:
     _columns.set(max(_NARROWEST, min(columns, WIDTH)))
 
 
+def columns() -> int:
+    """Return how many columns a line may have."""
+    return _columns.get()
+
+
 def clean(text: str) -> str:
     """Keep control characters of a foreign record away from the terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
+def _longest() -> int:
+    """Return how long a name may be that is not broken: it has room beside a head, or below it."""
+    columns = _columns.get()
+    return max(columns - _HEAD, min(columns - 6, _ROOM - len(_BELOW)))
+
+
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks at blanks, within a list of numbers after a comma, and a name too long for a line after a slash."""
+    """Breaks at blanks, within a list of numbers after a comma, and a name too long for a line at its joints."""
 
     wordsep_simple_re = re.compile(r"(\s+)|(?<=[0-9],)(?=[0-9])")
 
     def _split(self, text: str) -> list[str]:
         chunks: list[str] = []
+        joints = r"(?<=[/,+@.-])" if _columns.get() < WIDTH else r"(?<=[/-])"  # a Message-ID stays whole in a mail
         for chunk in super()._split(text):
-            chunks += re.split(r"(?<=[/-])", chunk) if len(chunk) > _columns.get() - _HEAD else [chunk]
+            chunks += re.split(joints, chunk) if len(chunk) > _longest() else [chunk]
         return [chunk for chunk in chunks if chunk]
 
 
@@ -45,8 +59,17 @@ def _wrapped(text: str, first: str, later: str) -> list[str]:
 
 
 def paragraph(text: str, first: str = "", later: str = "") -> list[str]:
-    """Wrap text behind the indentation of its first line and of those after it; always at least one line."""
-    return _wrapped(clean(text), first, later) or [first.rstrip()]
+    """Wrap text behind the indentation of its first line and of those after it; always at least one line.
+
+    In a window that leaves no room beside the indentation the text stands below its first line's head.
+    """
+    text = clean(text)
+    columns = _columns.get()
+    if columns < WIDTH and columns - len(later) < _ROOM and len(first) + len(text) > columns:
+        below = _BELOW if len(later) > LABEL else "  "
+        head = _wrapped(first.rstrip(), "", _BELOW) if first.strip() else []
+        return [*head, *_wrapped(text, below, below)]
+    return _wrapped(text, first, later) or [first.rstrip()]
 
 
 def field(label: str, text: str) -> list[str]:
@@ -72,5 +95,6 @@ def joined(lines: Iterable[str]) -> str:
             fitted.append(line)
         else:
             blanks = len(line) - len(line.lstrip())
-            fitted += _wrapped(line.lstrip(), " " * min(blanks, columns // 2), " " * min(blanks + 2, columns // 2))
+            blanks = blanks if columns - blanks >= _ROOM else 1
+            fitted += _wrapped(line.lstrip(), " " * blanks, " " * (blanks + 2))
     return "\n".join(fitted).rstrip("\n") + "\n"

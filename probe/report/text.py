@@ -18,7 +18,7 @@ from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, mask
 from probe.models.prediction import Effect
 from probe.outcome import Outcome
 from probe.registers import SPEC_CTRL
-from probe.report.layout import LABEL, WIDTH, clean, field, fields, joined, paragraph
+from probe.report.layout import LABEL, WIDTH, clean, columns, field, fields, joined, paragraph
 
 
 def render(record: rec.Record) -> str:
@@ -253,7 +253,7 @@ def bits(record: rec.Record, group: Walked) -> list[str]:
     shown = ALL_BITS & (~parse_hex64(verdict.not_measured) | _planned(record))  # what nobody asked for needs no row
     reserved: dict[tuple[str, str, str], list[int]] = {}
     for bit in bits_of(shown):
-        columns = (
+        words = (
             _word_of(bit, [(effect.value, parse_hex64(getattr(prediction, effect.value))) for effect in Effect]),
             _word_of(bit, [(outcome.value, getattr(seen, outcome.value)) for outcome in Outcome]) or "not tried",
             _word_of(
@@ -268,11 +268,11 @@ def bits(record: rec.Record, group: Walked) -> list[str]:
             or "not measured",
         )
         if SPEC_CTRL.defined >> bit & 1:
-            verdict_word = "open" if columns[0] == "either" and columns[2] == "as predicted" else columns[2]
-            rows.append((str(bit), SPEC_CTRL.name_of(bit), columns[0], columns[1], verdict_word))
+            verdict_word = "open" if words[0] == "either" and words[2] == "as predicted" else words[2]
+            rows.append((str(bit), SPEC_CTRL.name_of(bit), words[0], words[1], verdict_word))
         else:
-            reserved.setdefault(columns, []).append(bit)
-    rows += [(format_list(bits), "reserved", *columns) for columns, bits in reserved.items()]
+            reserved.setdefault(words, []).append(bit)
+    rows += [(format_list(bits), "reserved", *words) for words, bits in reserved.items()]
     lines = _row("bit", "name", "predicted", "observed", "verdict")
     for row in rows:
         lines += _row(*row)
@@ -283,12 +283,24 @@ def _planned(record: rec.Record) -> int:
     return mask_of(parse_list(record.walk.bits)) if record.walk is not UNSET else ALL_BITS
 
 
+# Columns that bit, name, predicted and observed take; in a window where the verdict has no room beside them, it stands
+# below, and in a narrower one what was observed as well.
+_WIDTHS, _NARROW_WIDTHS = (9, 15, 11, 11), (8, 12, 10, 9)
+_ROW = 64
+_NARROW_ROW = 1 + sum(_NARROW_WIDTHS)
+
+
 def _row(bit: str, name: str, predicted: str, observed: str, verdict: str) -> list[str]:
     flag = "*" if verdict.startswith(("unexpected", "not retained")) else " "
-    rest = f"{name:<14} {predicted:<10} {observed:<10} {verdict}"
-    if len(bit) <= 8:
-        return [f"{flag}{bit:<8} {rest}"]
-    return [*paragraph(bit, flag, " "), " " * 10 + rest]
+    wide = columns() >= _ROW
+    widths = _WIDTHS if wide else _NARROW_WIDTHS
+    cells = [f"{text:<{width}}" for text, width in zip((name, predicted, observed), widths[1:])]
+    below = [] if wide else [verdict] if columns() >= _NARROW_ROW else [observed, verdict]
+    beside = cells[: 3 if len(below) < 2 else 2] + ([] if below else [verdict])
+    head = [] if len(bit) < widths[0] else paragraph(bit, flag, " ")
+    start = " " * (1 + widths[0]) if head else f"{flag}{bit:<{widths[0]}}"
+    lines = [*head, f"{start}{''.join(beside)}".rstrip()]
+    return [*lines, f"    {' '.join(below)}"] if below else lines
 
 
 def _word_of(bit: int, masks: Sequence[tuple[str, int]]) -> str:

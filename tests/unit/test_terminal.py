@@ -8,12 +8,15 @@ import pty
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
-from probe.report import text
+from probe import kvm_record
+from probe.report import kvm_text, text
 from probe.report.layout import narrow
 from probe.report.terminal import coloured
 from tests.unit.test_report import GOLDEN as RUNS
@@ -23,7 +26,7 @@ GUEST = "results/modelled-threadripper-3970x/kvm-5.6-guest.json"
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
-@pytest.mark.parametrize("columns", [30, 50, 75, 200])
+@pytest.mark.parametrize("columns", [20, 30, 40, 50, 75, 200])
 def test_a_report_fits_the_window_and_loses_no_word(name: str, columns: int) -> None:
     def narrowed() -> str:
         narrow(columns)
@@ -35,6 +38,74 @@ def test_a_report_fits_the_window_and_loses_no_word(name: str, columns: int) -> 
     assert "".join(fitted.split()) == "".join(report.split())
     assert columns < 75 or fitted == report
     assert text.render(RUNS[name]()) == report, "what one caller asks for is no other's"
+
+
+KVM = next((ROOT / "results/debian-kernels-nested/zen2-client").glob("*-kvm-7.2*.json"))
+
+
+def in_window(columns: int, report: Callable[[], str]) -> list[str]:
+    """Lay a report out for a window."""
+
+    def narrowed() -> str:
+        narrow(columns)
+        return report()
+
+    return copy_context().run(narrowed).splitlines()
+
+
+def words(lines: Iterable[str], most: int) -> Counter[str]:
+    """Count the words that are no longer than so many characters; what is longer may have to be broken."""
+    return Counter(word for line in lines for word in re.split(r"[\s,/+@.-]+", line) if 2 < len(word) <= most)
+
+
+@pytest.mark.parametrize("columns", [25, 30, 40, 50, 60])
+@pytest.mark.parametrize("name", [*sorted(RUNS), "kvm"])
+def test_no_word_is_broken_in_a_narrow_window(name: str, columns: int) -> None:
+    def report() -> str:
+        if name == "kvm":
+            return kvm_text.render(kvm_record.decode(KVM.read_bytes(), KVM.name), rows=1 << 30)
+        return text.render(RUNS[name]())
+
+    most = columns - 5
+    lines = in_window(columns, report)
+    assert not words(report().splitlines(), most) - words(lines, most)
+    assert max(map(len, lines)) <= columns
+    assert len(lines) < 9 * 75 / columns + 3.2 * 75 / columns * len(report().splitlines())
+
+
+def test_a_matrix_at_40_columns_stacks_the_divergence_below_its_model() -> None:
+    lines = in_window(40, lambda: kvm_text.render(kvm_record.decode(KVM.read_bytes(), KVM.name)))
+    assert len(lines) < 400
+    at = next(number for number, line in enumerate(lines) if line.startswith("kvm-6.14-svm"))
+    assert lines[at : at + 3] == [
+        "kvm-6.14-svm        204330  99.3 %",
+        "    profile AMD_IBPB,AMD_STIBP,AMD_SSBD;",
+        "    guest-wr 0x48 0x100000000 -> ok;",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [
+        (64, ["*1        STIBP          accepts    fault      unexpected fault"]),
+        (50, ["*1       STIBP       accepts   fault", "    unexpected fault"]),
+        (40, ["*1       STIBP       accepts   fault", "    unexpected fault"]),
+        (32, ["*1       STIBP       accepts", "    fault unexpected fault"]),
+    ],
+)
+def test_a_row_of_bits_stacks_its_last_column(columns: int, rows: list[str]) -> None:
+    lines = in_window(columns, lambda: text.render(RUNS["july-2020-guest"]()))
+    at = next(number for number, line in enumerate(lines) if line.startswith("*1 "))
+    assert lines[at : at + len(rows)] == rows
+    assert any(re.match(r" bit +name +predicted( +observed)?( +verdict)?$", line) for line in lines)
+
+
+@pytest.mark.parametrize("columns", [25, 40, 60, 80])
+def test_the_catalogue_of_models_fits_the_window(columns: int) -> None:
+    lines = on_a_terminal("models", columns=columns).replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= columns
+    wide = on_a_terminal("models", columns=200).replace("\r", "").splitlines()
+    assert not words(wide, columns - 5) - words(lines, columns - 5)
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
