@@ -78,7 +78,14 @@ def parse_list(text: str, *, limit: int = 1 << 20) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=4096)
 def format_bits(mask: int) -> str:
     """Write the set bits of a mask in list notation, or 'none'."""
-    return format_list(bits_of(mask)) or "none"
+    parts: list[str] = []
+    while mask:
+        first = (mask & -mask).bit_length() - 1
+        carried = mask + (1 << first)  # the lowest run of ones becomes zeros, with a one above them
+        last = (carried & -carried).bit_length() - 2
+        parts.append(f"{first}-{last}" if last > first else f"{first}")
+        mask &= carried
+    return ",".join(parts) or "none"
 
 
 def told_bits(mask: int) -> str:

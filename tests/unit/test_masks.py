@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from probe.masks import ALL_BITS, bits_of, format_bits, format_list, hex64, mask_of, parse_hex64, parse_list
@@ -42,4 +44,7 @@ def test_formatting() -> None:
     assert format_list([]) == ""
     assert format_bits(0x5FF) == "0-8,10"
     assert format_bits(0) == "none"
+    draw = random.Random(1)
+    for mask in [ALL_BITS, 1 << 63, 3 << 62, *(draw.getrandbits(64) & draw.getrandbits(64) for _ in range(200))]:
+        assert format_bits(mask) == format_list(bits_of(mask))
     assert mask_of(bits_of(0x8000000000000401)) == 0x8000000000000401
