@@ -697,5 +697,5 @@ def test_cpus_that_all_differ_share_what_is_alike_on_the_page() -> None:
     assert 'data-rows="1000"' in text
     assert text.count("<tr data-p=") == text.count("<small>CPUs 0-999</small>") > 0, "each reason once"
     assert text.count("(CPUs 0-999)<br>") == 1, "one model"
-    assert "wrong on bits 1 (STIBP)" in text
+    assert "wrong on bit 1 (STIBP)" in text
     assert seconds < 8 * 2 * min(page(125)[1] for _ in range(3)), "eight times as many"
