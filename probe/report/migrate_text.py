@@ -214,7 +214,7 @@ def _pool(groups: Sequence[Group], advice: Advice, rule: Rule) -> dict[str, obje
     entry: dict[str, object] = {
         "rule": rule.name,
         "breaks": advice.breaks.some,
-        "whole": hex64(advice.whole),
+        "keeps": hex64(advice.whole),
         "profiles": advice.guests,
         "profiles_unsaid": advice.unsaid,
         "profiles_unseen": advice.unseen,

@@ -97,6 +97,11 @@ def test_the_advice_is_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (code, "leave out of guests' CPUID: INTEL_STIBP, AMD_STIBP; then guests" in text) == (1, True)
     code, text = said(capsys, folder, "--rule", "xen")
     assert (code, "the pool is safe as it is" in text) == (0, True)
+    for rule, hide in (("qemu", ["INTEL_STIBP", "AMD_STIBP"]), ("xen", [])):
+        assert main(["migrate", str(folder), "--json", "--rule", rule]) == int(rule == "qemu")
+        document = json.loads(capsys.readouterr().out)
+        assert (document["pool"]["rule"], document["pool"]["hide"]) == (rule, hide)
+        assert {done["rule"] for done in document["moves"]} == {rule}
 
 
 def test_a_folder_of_two_has_matrix_and_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
