@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
-from probe.masks import format_bits, hex64
+from probe.masks import format_bits, hex64, told_bits
 from probe.models.migration import RULES, Move, Rule
 from probe.models.profile import Profile
 from probe.pool import (
@@ -60,6 +60,11 @@ def _mask(title: str, mask: int) -> list[str]:
 def _bits(mask: int) -> str:
     text = format_bits(mask)
     return text if len(text) < 20 else f"{bin(mask).count('1')} of 64"
+
+
+def _told_bits(mask: int) -> str:
+    text = told_bits(mask)
+    return text if len(text) < 25 else f"{bin(mask).count('1')} of 64 bits"
 
 
 def _told(done: Move) -> str:
@@ -120,7 +125,7 @@ def matrix(groups: Sequence[Group], rule: Rule, advice: Advice | None = None, mo
         first, more = groups[number].first, len(groups[number].places) - 1
         name = f"{clean(first.name)}{f' and {more} more' if more else ''}"
         lines += paragraph(f"{name}: {clean(first.what)}", f"{number + 1:>4}  ", "      ")
-        lines += paragraph(f"a guest may hold bits {_bits(first.holds)}", "      ", "      ")
+        lines += paragraph(f"a guest may hold {_told_bits(first.holds)}", "      ", "      ")
     lines += ["", *_cells(groups, shown, rule), "", *_advised(groups, advice)]
     return joined(lines)
 
