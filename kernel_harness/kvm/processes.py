@@ -136,20 +136,16 @@ def _output_of_our_own() -> Iterator[None]:
 
 
 def _end(child: int) -> None:
-    """Interrupt a process, and kill it if that does not end it."""
+    """Interrupt a process, and kill it if that does not end it; if we are interrupted meanwhile, it dies with us."""
     limit = time.monotonic() + _GRACE_SECONDS
-    try:
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(child, signal.SIGTERM)
         while time.monotonic() < limit:
             if os.waitpid(child, os.WNOHANG)[0]:
                 return
             time.sleep(0.02)
-    except ChildProcessError:
-        return
-    finally:
-        with contextlib.suppress(OSError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # --- many for many tasks ---------------------------------------------------------------------------------------------
