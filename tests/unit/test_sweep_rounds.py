@@ -160,13 +160,14 @@ def test_an_interrupt_before_the_agent_came_leaves_nothing_that_may_run(engine: 
     assert (engine.plays, len(done.of(How.RECORD))) == ([("probe.yml", ["h03"])], 20)
 
 
+def without_disks(name: str, hosts: list[str], event: Event) -> None:
+    for host in hosts:
+        (lacks if Engine.light[-1] else record)(event, host)
+
+
 def test_the_agent_goes_along_where_machines_forget_it(engine: type[Engine], tmp_path: Path) -> None:
     engine.script = all_well
     swept(tmp_path / "s")
-
-    def without_disks(name: str, hosts: list[str], event: Event) -> None:
-        for host in hosts:
-            (lacks if engine.light[-1] else record)(event, host)
 
     engine.script = without_disks
     for _ in range(3):
@@ -179,11 +180,7 @@ def test_canaries_that_lack_the_agent_tell_of_the_others(engine: type[Engine], t
     engine.script = all_well
     swept(tmp_path / "s")
 
-    def bare(name: str, hosts: list[str], event: Event) -> None:
-        for host in hosts:
-            (lacks if engine.light[-1] else record)(event, host)
-
-    engine.script = bare
+    engine.script = without_disks
     engine.light.clear()
     swept(tmp_path / "s", canary=0.1)
     assert engine.light[:2] == [True, False]
