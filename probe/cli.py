@@ -843,7 +843,8 @@ def _program_text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read(1 << 20)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}", "give a file with a program, or -") from error
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"cannot read {path}: {why}", "give a file with a program, or -") from error
 
 
 def _kvm_replay(arguments: argparse.Namespace) -> int:

@@ -353,14 +353,21 @@ def driver_differs(record: KvmRecord) -> int:
     return (parse_hex64(record.driver.accepts) ^ parse_hex64(record.hardware.tested)) & answered
 
 
+def refuted(record: KvmRecord) -> str:
+    """Return the model that stands for this kernel's version and does not explain the matrix; "" if there is none."""
+    standing = record.follows or standing_of(record)
+    return "" if standing in record.explained_by else standing
+
+
 def as_predicted(record: KvmRecord) -> bool:
-    """Tell whether there is nothing to look into: some model explains every case, and the msr driver agrees.
+    """Tell whether there is nothing to look into: a model explains every case, that of the kernel's version if there is
+    one, and the msr driver agrees.
 
     Under a policy the model has to be the policy's own.
     """
     if record.policy is not UNSET:
         return f"{record.policy.name} over {record.policy.over}" in record.explained_by
-    return bool(record.explained_by) and not driver_differs(record)
+    return bool(record.explained_by) and not refuted(record) and not driver_differs(record)
 
 
 def complaints(record: KvmRecord) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
-from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry, driver_differs
+from probe.kvm_record import ExploredEntry, FitEntry, KvmRecord, RowEntry, driver_differs, refuted
 from probe.masks import format_bits, hex64, parse_hex64, told_bits
 from probe.models.matrix import CELLS
 from probe.models.profile import NAMED
@@ -71,6 +71,9 @@ def explained(record: KvmRecord) -> str:
     names = record.explained_by
     if not names:
         return "explained by no model"
+    wrong = refuted(record)
+    if wrong:
+        return f"explained by {', '.join(names)}, and not by {wrong}, which stands for this kernel's version"
     others = [name for name in names if name != record.follows]
     if not record.follows or not others:
         return "explained by " + ", ".join(names)

@@ -29,6 +29,7 @@ from probe.cli import main
 from probe.masks import ALL_BITS, hex64, parse_hex64
 from probe.models import machines
 from probe.report import circumstances, junit, kcidb, ktap, prometheus, tables
+from probe.report.kvm_text import explained
 from probe.report.page.render import render
 from probe.store import decode_any
 from probe.verdict import KINDS
@@ -270,10 +271,14 @@ def test_a_kernel_that_does_as_another_version_fails() -> None:
     found = cases(report_of(record))
     told = "by kvm-6.1-svm, and not by kvm-6.19-svm, which stands for this kernel's version"
     assert found["kvm.explained"] == ("fail", told)
+    assert not kvm_record.as_predicted(record), "exit code 1 of kvm and boot"
+    assert explained(record) == f"explained {told}"
     assert "otherwise than kvm-6.19-svm says" in found["profile_zen2-client.guest_first_kept"][1]
     assert report_of(record, machines.get("kvm-6.1-svm")).status is Status.PASS, "it was asked for"
     record.kernel.release = record.kernel.version = "5.15.0-91-generic"
     assert report_of(record).status is Status.PASS, "no model stands for a vendor's kernel"
+    assert kvm_record.as_predicted(record)
+    assert explained(record) == "explained by kvm-6.1-svm"
 
 
 def test_what_was_not_measured_never_passes() -> None:
@@ -683,6 +688,20 @@ def test_a_page_allows_its_own_style_and_script_and_nothing_else(tmp_path: Path)
 def test_a_page_of_every_record_of_results() -> None:
     page = render([(path.name, decode_any(path.read_bytes(), path.name), "0" * 64) for path in RECORDS])
     assert page.count('<section id="r') == len(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("plan-only", set()),
+        ("all-refused", set()),
+        ("as-predicted", {"all"}),
+        ("went-offline", {"all that was measured"}),
+    ],
+)
+def test_a_model_is_right_in_what_was_measured(name: str, told: set[str]) -> None:
+    page = render([("run.json", RUNS[name](), "0" * 64)])
+    assert set(re.findall(r'<b class="tick">✓ ([^<]+)<', page)) == told
 
 
 def test_cpus_that_all_differ_share_what_is_alike_on_the_page() -> None:

@@ -25,7 +25,7 @@ from probe import record as rec
 from probe.cases import Report, Status, reports_of, title_of
 from probe.diff.moved import AnyRecord, Comparison, kind_of
 from probe.diff.sets import compare
-from probe.masks import format_list, parse_hex64, parse_list, told_bits, told_cpus
+from probe.masks import ALL_BITS, format_list, parse_hex64, parse_list, told_bits, told_cpus
 from probe.models import machines
 from probe.registers import SPEC_CTRL
 from probe.report import moved_text
@@ -277,17 +277,22 @@ def _models(record: AnyRecord) -> list[dict[str, Any]]:
     if not isinstance(record, rec.Record):
         return []
     wrong: dict[str, dict[int, int]] = {}
+    some, every = 0, ALL_BITS
     for verdict in record.verdicts:
+        measured = ALL_BITS & ~parse_hex64(verdict.not_measured)
+        some, every = some | measured, every & measured
         mask = wrong_bits(verdict)
         wrong.setdefault(verdict.model, {}).update(dict.fromkeys(parse_list(verdict.cpus), mask) if mask else {})
     found: dict[tuple[str, str], list[rec.PredictionEntry]] = {}
     for entry in record.predictions:
         found.setdefault((entry.model, entry.accepts), []).append(entry)
-    return [_model(entries, wrong.get(model, {})) for (model, _), entries in found.items()]
+    right = "" if not some else "all" if every == ALL_BITS else "all that was measured"
+    return [_model(entries, wrong.get(model, {}), right) for (model, _), entries in found.items()]
 
 
-def _model(entries: Sequence[rec.PredictionEntry], wrong_on: Mapping[int, int]) -> dict[str, Any]:
-    """Return what one model says for all CPUs to which it says the same, and on which bits of any it is wrong."""
+def _model(entries: Sequence[rec.PredictionEntry], wrong_on: Mapping[int, int], right: str) -> dict[str, Any]:
+    """Return what one model says for all CPUs to which it says the same, and on which bits of any it is wrong; right is
+    what to call it if on none."""
     entry = entries[0]
     cpus = _together([one.cpus for one in entries])
     wrong = 0
@@ -299,7 +304,7 @@ def _model(entries: Sequence[rec.PredictionEntry], wrong_on: Mapping[int, int]) 
         "title": f"{entry.title} ({told_cpus(cpus)})",
         "source": "; ".join(dict.fromkeys(reason.source for reason in entry.reasons)),
         "right": f"accepts {SPEC_CTRL.brief(parse_hex64(entry.accepts))}",
-        "all": "" if wrong else "all",
+        "all": "" if wrong else right,
         "first": [],
         "answer": f"wrong on {SPEC_CTRL.told(wrong)}" if wrong else "",
     }
