@@ -336,7 +336,8 @@ def _models(record: rec.Record) -> list[str]:
         wrong = 0
         for entry in verdicts.values():
             wrong |= wrong_bits(entry)
-        text = SPEC_CTRL.describe(wrong) if verdicts else "" if record.walk is UNSET else "-"
+        looked = any(parse_hex64(entry.not_measured) != ALL_BITS for entry in verdicts.values())
+        text = SPEC_CTRL.describe(wrong) if looked else "" if record.walk is UNSET else "-"
         lines += paragraph(f"{text}{cpus}", f"{clean(prediction.model)[:16]:<17}{prediction.accepts:<20}", " " * 37)
         lines += paragraph(prediction.title, "  ", "  ")
     return lines
